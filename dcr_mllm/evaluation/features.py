@@ -1,0 +1,226 @@
+"""Embeddings of images and texts by a tower, as fp32 NumPy arrays, in one pass per image set.
+
+A tower is a dual encoder on disk: model, image processor and tokenizer in one directory. Which class loads it follows
+from `model_type` in its config, never from its path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dcr_mllm.errors import UserError
+from dcr_mllm.headers import TowerSummary
+from dcr_mllm.log import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What differs between the families of dual encoders.
+
+    Attributes:
+        has_class_token: Whether token 0 is a class token; SigLIP pools by attention instead.
+        pad_to_max_length: SigLIP was trained on texts padded to full length, reads its last position and never saw a
+            mask; CLIP reads the end-of-text token, so its padding does not matter.
+    """
+
+    has_class_token: bool
+    pad_to_max_length: bool
+
+
+KINDS = {
+    "clip": Kind(has_class_token=True, pad_to_max_length=False),
+    "siglip": Kind(has_class_token=False, pad_to_max_length=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSample:
+    """Hidden states of M images at every layer, from which drift is measured.
+
+    Attributes:
+        class_tokens: [L+1, M, H], None without a class token. Layer 0 is the input of the first block.
+        patch_tokens: [L+1, M, P, H], P patches per image at positions that depend only on the image's index.
+    """
+
+    class_tokens: np.ndarray | None
+    patch_tokens: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFeatures:
+    """What one pass over N images yields.
+
+    Attributes:
+        projected: [N, D] the embedding whose cosine with a text's is the contrastive logit; not normalised.
+        pooled: [N, H] the pooled feature before the projection (the same as `projected` for SigLIP).
+        tokens: Hidden states of the first `num_token_images` images, None if none were asked for.
+    """
+
+    projected: np.ndarray
+    pooled: np.ndarray
+    tokens: TokenSample | None
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that `auto|cpu|cuda` stands for."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device is '{device}'; use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but torch sees no CUDA device; use device auto or cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _check_tokenizer(path: Path, tokenizer: Any, vocab_size: int) -> None:
+    # Without its files transformers 5 makes up a tokenizer of two or three tokens and says nothing: near-chance scores.
+    if not 0.9 * vocab_size <= len(tokenizer) <= vocab_size:
+        raise UserError(
+            f"{path}: its tokenizer has {len(tokenizer)} tokens, but text_config.vocab_size is {vocab_size}; "
+            "copy the tokenizer files of the base tower into it."
+        )
+
+
+def _check_images(path: Path, processor: Any, image_size: int, patch_size: int) -> None:
+    if image_size < patch_size:
+        raise UserError(f"{path}: vision_config.image_size {image_size} is smaller than its patch_size {patch_size}.")
+    pixels = processor([Image.new("RGB", (3 * image_size // 2, image_size))], return_tensors="pt")["pixel_values"]
+    if tuple(pixels.shape[-2:]) != (image_size, image_size):
+        raise UserError(
+            f"{path}: its image processor makes images of {tuple(pixels.shape[-2:])} pixels, but "
+            f"vision_config.image_size is {image_size}; mend preprocessor_config.json."
+        )
+
+
+def _open_rgb(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path} is not a readable image: {error}.") from error
+
+
+class DualEncoder:
+    """A CLIP- or SigLIP-like tower in fp32 and eval mode.
+
+    Args:
+        summary: What `headers.tower_summary` read of the directory.
+        device: `auto`, `cpu` or `cuda`.
+        batch_size: Images or texts per forward pass; the same for every tower that is compared.
+    """
+
+    def __init__(self, summary: TowerSummary, *, device: str = "auto", batch_size: int = 256) -> None:
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+        self.path = summary.path
+        self.kind = KINDS[summary.model_type]
+        self.device = pick_device(device)
+        self.batch_size = batch_size
+        self._tokenizer = AutoTokenizer.from_pretrained(self.path)
+        # Pillow resizes with antialiasing on every machine alike; the torchvision one differs between releases.
+        self._processor = AutoImageProcessor.from_pretrained(self.path, backend="pil")
+        self._model = AutoModel.from_pretrained(self.path, dtype=torch.float32, use_safetensors=True)
+        self._model.to(self.device).eval().requires_grad_(False)
+        config = self._model.config
+        self.vision_config, self.text_config = config.vision_config, config.text_config
+        _check_tokenizer(self.path, self._tokenizer, self.text_config.vocab_size)
+        _check_images(self.path, self._processor, self.vision_config.image_size, self.vision_config.patch_size)
+        self.description = {
+            "path": str(self.path),
+            "model_type": summary.model_type,
+            "image_size": summary.image_size,
+            "patch_size": summary.patch_size,
+            "num_layers": summary.num_layers,
+            "hidden_size": summary.hidden_size,
+            "image_mean": list(summary.image_mean),
+            "image_std": list(summary.image_std),
+            "image_processor": type(self._processor).__name__,
+            "tokenizer_length": len(self._tokenizer),
+            "device": str(self.device),
+        }
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """[N, D] L2-normalised text embeddings."""
+        max_length = self.text_config.max_position_embeddings
+        embeddings, num_cut = [], 0
+        for start in range(0, len(texts), self.batch_size):
+            batch = list(texts[start : start + self.batch_size])
+            encoded = self._tokenizer(
+                batch,
+                padding="max_length" if self.kind.pad_to_max_length else True,
+                truncation=True,
+                max_length=max_length,
+                return_tensors="pt",
+            )
+            num_cut += sum(len(ids) > max_length for ids in self._tokenizer(batch, verbose=False)["input_ids"])
+            inputs = {"input_ids": encoded["input_ids"].to(self.device)}
+            if not self.kind.pad_to_max_length:
+                inputs["attention_mask"] = encoded["attention_mask"].to(self.device)
+            pooled = self._model.get_text_features(**inputs).pooler_output
+            embeddings.append(normalize(pooled, dim=-1).cpu().numpy())
+        if num_cut:
+            logger.warning("%s: %d of %d texts are cut at %d tokens.", self.path, num_cut, len(texts), max_length)
+        return np.concatenate(embeddings)
+
+    def _pixel_batches(self, files: Sequence[Path]) -> Iterator[Tensor]:
+        for start in range(0, len(files), self.batch_size):
+            images = [_open_rgb(file) for file in files[start : start + self.batch_size]]
+            yield self._processor(images, return_tensors="pt")["pixel_values"].to(self.device)
+
+    @torch.inference_mode()
+    def embed_images(
+        self, files: Sequence[Path], *, num_token_images: int = 0, num_patches: int = 8, seed: int = 0
+    ) -> ImageFeatures:
+        """Embed images in one pass.
+
+        Args:
+            files: N image files of any mode and size.
+            num_token_images: M, of how many images (the first ones) the hidden states are kept.
+            num_patches: P, how many patch tokens of each of them.
+            seed: Of the choice of patches; the same seed gives the same patches for every tower of one shape.
+        """
+        rng = np.random.default_rng(seed)
+        projected, pooled, classes, patches = [], [], [], []
+        done = 0
+        # TF32 convolutions are on by default and are not fp32.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for pixels in self._pixel_batches(files):
+                num_kept = min(max(num_token_images - done, 0), len(pixels))
+                output = self._model.vision_model(pixel_values=pixels, output_hidden_states=num_kept > 0)
+                feature = output.pooler_output
+                projection = getattr(self._model, "visual_projection", None)
+                projected.append((feature if projection is None else projection(feature)).cpu().numpy())
+                pooled.append(feature.cpu().numpy())
+                if num_kept:
+                    class_part, patch_part = self._sample_tokens(output.hidden_states, num_kept, num_patches, rng)
+                    classes.append(class_part)
+                    patches.append(patch_part)
+                done += len(pixels)
+        tokens = None
+        if patches:
+            class_tokens = np.concatenate(classes, axis=1) if self.kind.has_class_token else None
+            tokens = TokenSample(class_tokens=class_tokens, patch_tokens=np.concatenate(patches, axis=1))
+        return ImageFeatures(projected=np.concatenate(projected), pooled=np.concatenate(pooled), tokens=tokens)
+
+    def _sample_tokens(
+        self, hidden_states: Sequence[Tensor], num_kept: int, num_patches: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of the first K images, class tokens [L+1, K, H] (width 0 without one) and patch tokens [L+1, K, P, H]."""
+        first = int(self.kind.has_class_token)
+        available = hidden_states[0].shape[1] - first
+        chosen = np.stack([rng.permutation(available)[:num_patches] for _ in range(num_kept)]) + first
+        index = torch.from_numpy(chosen).to(self.device)
+        rows = torch.arange(num_kept, device=self.device)[:, None]
+        patch_tokens = torch.stack([state[rows, index] for state in hidden_states]).cpu().numpy()
+        class_tokens = torch.stack([state[:num_kept, :first] for state in hidden_states]).flatten(2).cpu().numpy()
+        return class_tokens, patch_tokens

@@ -1,0 +1,115 @@
+"""How a command is launched: one process, or `torchrun` over all visible GPUs, or NPROC processes on the CPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dcr_mllm.errors import UserError
+
+DEEPSPEED_STAGES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What was decided.
+
+    Attributes:
+        device: `cuda` or `cpu`.
+        num_processes: Processes in all.
+        precision: `bf16` or `fp32`.
+        deepspeed: Path of the DeepSpeed JSON, or None.
+    """
+
+    device: Literal["cuda", "cpu"]
+    num_processes: int
+    precision: Literal["bf16", "fp32"]
+    deepspeed: Path | None
+
+    def describe(self, batch_size: int, accumulation: int) -> str:
+        """One line for the person who started the run."""
+        zero = self.deepspeed.stem if self.deepspeed else "no DeepSpeed"
+        effective = batch_size * accumulation * self.num_processes
+        return (
+            f"{self.num_processes} process{'es' if self.num_processes > 1 else ''} on {self.device}, {self.precision}, "
+            f"{zero}, effective batch {effective} = {batch_size} x {accumulation} accumulation x {self.num_processes}"
+        )
+
+
+def is_child() -> bool:
+    """Whether a launcher (torchrun, deepspeed) has started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def num_processes_wanted() -> int:
+    """`WORLD_SIZE` under a launcher, else `NPROC`, else the number of visible GPUs, at least 1."""
+    for name in ("WORLD_SIZE", "NPROC"):
+        value = os.environ.get(name)
+        if value is not None:
+            if not value.isdigit() or int(value) < 1:
+                raise UserError(f"{name} must be a positive number of processes, found {value!r}.")
+            return int(value)
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def decide(precision: str, deepspeed: str, shipped: Path) -> Launch:
+    """Devices, processes, precision and ZeRO stage for a config.
+
+    Args:
+        precision: `auto`, `fp32` or `bf16`.
+        deepspeed: `auto`, `none`, one of DEEPSPEED_STAGES, or the path of a JSON file.
+        shipped: Folder of the shipped DeepSpeed files.
+
+    Raises:
+        UserError: For a DeepSpeed file that does not exist.
+    """
+    import torch
+
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    count = num_processes_wanted()
+    chosen: Literal["bf16", "fp32"] = (
+        "bf16" if precision == "bf16" or (precision == "auto" and device == "cuda") else "fp32"
+    )
+    if deepspeed == "auto":
+        deepspeed = "zero2" if count > 1 else "none"
+    if deepspeed == "none":
+        file = None
+    elif deepspeed in DEEPSPEED_STAGES:
+        file = shipped / f"{deepspeed}.json"
+    else:
+        file = Path(deepspeed)
+    if file is not None and not file.is_file():
+        raise UserError(
+            f"deepspeed is {deepspeed!r}: no such file; use auto, none, {', '.join(DEEPSPEED_STAGES)} or a path."
+        )
+    if file is not None and device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return Launch(device=device, num_processes=count, precision=chosen, deepspeed=file)
+
+
+def start_processes(num_processes: int, module: str, argv: list[str]) -> None:
+    """Replace this process by `torchrun --standalone` with the same command; returns only if one process is enough."""
+    if num_processes == 1 or is_child():
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [*command, "-m", module, *argv])
+
+
+def use_single_process_environment() -> None:
+    """DeepSpeed with one process and no launcher still wants rendezvous variables."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        import socket
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])

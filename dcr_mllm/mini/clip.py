@@ -1,0 +1,139 @@
+"""The mini CLIP: a `CLIPModel` trained from scratch on coarse captions of freshly drawn scenes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from dcr_mllm.log import get_logger
+from dcr_mllm.mini.world import COLOURS, IMAGE_SIZE, KINDS, coarse_caption, draw, random_scene
+
+logger = get_logger(__name__)
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, so that the miniature meets the same traps
+STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_LENGTH = 24
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A randomly initialised CLIP: ViT of 4 layers x 128, patch 8, 48 px; text transformer of 2 layers x 128."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_LENGTH,
+        "projection_dim": 128,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+        "projection_dim": 128,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+def build_image_processor() -> CLIPImageProcessor:
+    """The processor that goes with the mini CLIP: resize, crop and normalise at 48 px."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_mean=list(MEAN), image_std=list(STD)
+    )
+
+
+def to_pixels(images: list) -> Tensor:
+    """Pillow images -> uint8 [B, 3, H, W]."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] -> CLIP-normalised float32."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (pixels.float() / 255 - mean) / std
+
+
+def scene_batches(
+    batch_size: int, seed: int, caption: Callable, tokenizer: CLIPTokenizer, max_length: int, pad_to_max: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of fresh training scenes: (uint8 pixels [B, 3, H, W], input ids [B, L])."""
+    rng = np.random.default_rng(seed)
+    while True:
+        scenes = [random_scene(rng, "train") for _ in range(batch_size)]
+        captions = [caption(scene, rng) for scene in scenes]
+        padding = "max_length" if pad_to_max else True
+        ids = tokenizer(
+            captions, padding=padding, truncation=True, max_length=max_length, return_tensors="pt"
+        ).input_ids
+        yield to_pixels([draw(scene) for scene in scenes]), ids
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int = 100) -> float:
+    """Linear warm-up, then cosine to zero."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+@torch.inference_mode()
+def zero_shot_accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, split: str, num_images: int = 960) -> float:
+    """Share of drawn scenes whose colour and kind (one of 96) the model names, with one prompt."""
+    rng = np.random.default_rng(7)
+    scenes = [random_scene(rng, split) for _ in range(num_images)]
+    labels = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
+    ids = tokenizer([f"a photo of a {label}" for label in labels], padding=True, return_tensors="pt")
+    model.eval()
+    texts = model.get_text_features(**ids).pooler_output
+    pixels = normalise(to_pixels([draw(scene) for scene in scenes]))
+    images = torch.cat([model.get_image_features(pixel_values=chunk).pooler_output for chunk in pixels.split(240)])
+    guesses = (images @ torch.nn.functional.normalize(texts, dim=-1).T).argmax(dim=-1)
+    model.train()
+    truth = torch.tensor([labels.index(scene.label) for scene in scenes])
+    return (guesses == truth).float().mean().item()
+
+
+def train_clip(
+    steps: int, seed: int, batch_size: int = 128, learning_rate: float = 1e-3
+) -> tuple[CLIPModel, CLIPTokenizer, list[dict]]:
+    """Train the mini CLIP by the symmetric contrastive loss.
+
+    Returns:
+        The model, its tokenizer, and the curve: step, loss, zero-shot accuracy on validation scenes.
+    """
+    from dcr_mllm.mini.tokenizer import build_tokenizer
+
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(MAX_LENGTH)
+    model = build_clip(tokenizer).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    batches = scene_batches(batch_size, seed, coarse_caption, tokenizer, MAX_LENGTH)
+    curve: list[dict] = []
+    losses: list[float] = []
+    for step in range(1, steps + 1):
+        pixels, ids = next(batches)
+        loss = model(input_ids=ids, pixel_values=normalise(pixels), return_loss=True).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))
+        losses.append(loss.item())
+        if step % 250 == 0 or step == steps:
+            accuracy = zero_shot_accuracy(model, tokenizer, "validation")
+            curve.append({"step": step, "loss": float(np.mean(losses)), "zero_shot": accuracy})
+            losses.clear()
+            logger.info("clip step %d loss %.3f zero-shot %.3f", step, curve[-1]["loss"], accuracy)
+    return model.eval(), tokenizer, curve

@@ -1,0 +1,236 @@
+"""What both stages add to `transformers.Trainer`: exact streams, checkpoints of what trains, metrics without host syncs.
+
+- A rank-sharded stream keeps its loader unprepared (a prepared one would give every rank the stream of rank 0) and saves
+  its position per rank, so that a killed run goes on with the very next batch.
+- A checkpoint holds trainable tensors only, and counts only once its `COMPLETE` marker is written.
+- Metrics add up on the device and are read when they are logged; they go to `metrics.jsonl` and every tracker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import sort_checkpoints
+
+from dcr_mllm.errors import UserError
+from dcr_mllm.log import get_logger
+from dcr_mllm.runs import write_text_atomic
+
+logger = get_logger(__name__)
+
+COMPLETE = "COMPLETE"
+WEIGHTS = "model.safetensors"
+
+
+class Position(Protocol):
+    """Where a rank stands in its stream."""
+
+    def update(self, batch: dict[str, Any]) -> None:
+        """Note that a batch was consumed."""
+
+    def to_json(self) -> str:
+        """For the checkpoint."""
+
+
+class Metrics:
+    """Means of device scalars since the last reading, without a host sync per step."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._count = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add detached scalars; the same names each time."""
+        row = torch.stack([value.detach().float() for value in values.values()])
+        self._names = list(values)
+        self._sums = row if self._sums is None else self._sums + row
+        self._count += 1
+
+    def take(self) -> tuple[list[str], Tensor | None]:
+        """Names and means [num_names], and start anew."""
+        means = None if self._sums is None else self._sums / self._count
+        self._sums, self._count = None, 0
+        return self._names, means
+
+
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """The trainable tensors of a module by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def keep_trainable_only(module: nn.Module) -> None:
+    """Make `state_dict` and `load_state_dict` of a module speak of trainable tensors only.
+
+    A frozen base neither belongs into checkpoints nor may it be missed when one is loaded, strictly.
+    """
+    names = set(trainable_state(module))
+
+    def drop_frozen(_module, state: dict[str, Tensor], _prefix: str, _metadata) -> None:
+        for name in [key for key in state if key not in names]:
+            del state[name]
+
+    def forgive_frozen(_module, incompatible) -> None:
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key in names]
+
+    module.register_state_dict_post_hook(drop_frozen)
+    module.register_load_state_dict_post_hook(forgive_frozen)
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint below a directory; half-written ones are passed over."""
+    found = [path for path in directory.glob("checkpoint-*") if (path / COMPLETE).is_file()]
+    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def read_position(checkpoint: Path, rank: int, world_size: int) -> str:
+    """The stream position that a rank saved in a checkpoint.
+
+    Raises:
+        UserError: If the checkpoint was written by another number of processes.
+    """
+    saved = len(list(checkpoint.glob("stream_rank*.json")))
+    if saved != world_size:
+        raise UserError(
+            f"{checkpoint} was written by {saved} processes and cannot go on with {world_size}: use {saved} again."
+        )
+    return (checkpoint / f"stream_rank{rank}.json").read_text()
+
+
+class StreamTrainer(Trainer):
+    """A Trainer on a rank-sharded endless stream; see the module's docstring."""
+
+    def __init__(
+        self,
+        *,
+        loader: DataLoader,
+        position: Position,
+        metrics: Metrics,
+        metrics_file: Path,
+        phase: str,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs, callbacks=[StopOnBadLoss()])
+        self._loader = loader
+        self.position = position
+        self.metrics = metrics
+        self._metrics_file = metrics_file
+        self._phase = phase
+        self._last_log: tuple[float, int] | None = None
+        # The module's forward takes no loss keywords, and its loss is a mean over the micro-batch.
+        self.model_accepts_loss_kwargs = False
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._loader
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.position.update(inputs)
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != "cursor"}
+        return super().training_step(model, tensors, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            names, means = self.metrics.take()
+            if means is not None:
+                world = self.accelerator.gather(means[None]).mean(dim=0)
+                logs.update(dict(zip(names, world.tolist(), strict=True)))
+            now, step = time.monotonic(), self.state.global_step
+            if self._last_log is not None and now > self._last_log[0]:
+                images = (step - self._last_log[1]) * self._images_per_step()
+                logs["images_per_second"] = images / (now - self._last_log[0])
+            self._last_log = (now, step)
+        super().log(logs, start_time)
+        if self.is_world_process_zero() and "loss" in logs:
+            line = json.dumps({"phase": self._phase, "step": self.state.global_step, **logs})
+            with self._metrics_file.open("a") as file:
+                file.write(line + "\n")
+
+    def _images_per_step(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Only tensors that train, only safetensors (the stock method also pickles its arguments)."""
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        names = set(trainable_state(self.model))
+        state = state_dict if state_dict is not None else self.model.state_dict()
+        chosen = {name: value.detach().cpu().contiguous() for name, value in state.items() if name in names}
+        safetensors.torch.save_file(chosen, directory / WEIGHTS, metadata={"format": "pt"})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / COMPLETE).unlink(missing_ok=True)
+        write_text_atomic(directory / f"stream_rank{self.args.process_index}.json", self.position.to_json())
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            write_text_atomic(directory / COMPLETE, "")
+            # Rotation by the stock Trainer happens before the marker; do it here, when the new one counts.
+            for old in sort_checkpoints(self.args.output_dir)[:-2]:
+                _remove(Path(old))
+        self.accelerator.wait_for_everyone()
+
+
+class StopOnBadLoss(TrainerCallback):
+    """Stops when a logged loss is not finite: everything after it would be wasted."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is not None and not torch.isfinite(torch.tensor(loss)):
+            raise UserError(f"The loss is {loss} at step {state.global_step}: lower the learning rate or use fp32.")
+
+
+def cut_metrics(file: Path, phase: str, step: int) -> None:
+    """Drop the lines of a phase that lie after a step: a resumed run writes them again."""
+    if not file.is_file():
+        return
+    lines = file.read_text().splitlines()
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    kept = [record for record in records if record["phase"] != phase or record["step"] <= step]
+    write_text_atomic(file, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def gathered_trainable_state(trainer: Trainer) -> dict[str, Tensor]:
+    """The trained tensors on the CPU in fp32, also where ZeRO 3 has scattered them. A collective: call on every rank."""
+    state = trainable_state(trainer.model)
+    parameters = list(state.values())
+    context: Callable = _gather(parameters)
+    with context():
+        return {name: value.detach().float().cpu().clone() for name, value in state.items()}
+
+
+def _gather(parameters: list[nn.Parameter]) -> Callable:
+    import contextlib
+
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext
+    import deepspeed
+
+    return lambda: deepspeed.zero.GatheredParameters(parameters)
+
+
+def _remove(directory: Path) -> None:
+    """Delete a checkpoint so that a kill in between leaves no half of it that counts."""
+    import shutil
+
+    (directory / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(directory)
+
+
+def local_rank() -> int:
+    """The rank on this node as the launcher set it, 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,0 +1,284 @@
+"""Checks before anything heavy is imported: whether tower, denoiser, projector, sizes and images fit each other.
+
+Everything is read from JSON files, safetensors headers and directory listings, in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dcr_mllm.errors import UserError
+from dcr_mllm.headers import (
+    DenoiserSummary,
+    TowerSummary,
+    denoiser_summary,
+    read_json,
+    read_safetensors_header,
+    resolve_weights,
+    tower_summary,
+)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+DEEPSPEED_DIR = Path(__file__).parent / "configs" / "deepspeed"
+
+# Looking further than this into shards without finding an image would break the promise of an answer within seconds.
+_MAX_SHARDS, _MAX_MEMBERS, _MAX_FILES = 20, 200, 100_000
+
+
+def preflight(config: Any) -> list[str]:
+    """Checks a stage 1 config against the files that it names.
+
+    Args:
+        config: a `Stage1Config`.
+
+    Returns:
+        Lines worth printing: what was found, and what is allowed but unusual.
+
+    Raises:
+        UserError: something does not fit; says what was found and what to do.
+    """
+    if config.batch_size < 2:
+        raise UserError(f"batch_size is {config.batch_size}, expected at least 2: one image has no negatives")
+    tower = tower_summary(resolve_weights(config.tower, "tower"))
+    denoiser = denoiser_summary(resolve_weights(config.denoiser, "denoiser"))
+    notes = [
+        f"tower: {tower.model_type}, {tower.image_size} px, patch {tower.patch_size}, {tower.num_layers} layers x "
+        f"{tower.hidden_size}, embedding {tower.width}, {_millions(tower.num_parameters)} parameters",
+        f"denoiser: UNet with {_millions(denoiser.num_parameters)} parameters, condition width "
+        f"{denoiser.cross_attention_dim}, predicts {denoiser.prediction_type}",
+    ]
+    notes += check_tower(tower)
+    notes += check_denoiser(denoiser, getattr(config, "prediction_type", None))
+    notes += check_sizes(tower, denoiser, config.image_size, config.diffusion_size)
+    if config.projector is not None:
+        check_projector(config.projector, tower.width, denoiser.cross_attention_dim)
+    notes += check_data(config.data)
+    resolve_deepspeed(config.deepspeed)
+    return notes
+
+
+def check_tower(tower: TowerSummary) -> list[str]:
+    """Refuses a SigLIP tower whose image processor normalises as CLIP's does; notes a missing text side."""
+    if tower.model_type == "siglip" and (_near(tower.image_mean, OPENAI_MEAN) or _near(tower.image_std, OPENAI_STD)):
+        raise UserError(
+            f"{tower.path} is a SigLIP tower, but its preprocessor_config.json has CLIP's image_mean and image_std "
+            f"({list(tower.image_mean)}); SigLIP was trained with 0.5 and 0.5, copy the original file there"
+        )
+    if not tower.has_text_side:
+        return ["note: this tower has no text side, so zero-shot accuracy and MMVP-VLM cannot be measured"]
+    return []
+
+
+def check_denoiser(denoiser: DenoiserSummary, prediction_type: str | None = None) -> list[str]:
+    """Refuses denoisers whose conditions are not one text encoder's output, or whose target is unknown.
+
+    Args:
+        denoiser: what the directory says.
+        prediction_type: the config's own, which overrides the scheduler's.
+    """
+    if denoiser.addition_embed_type is not None:
+        raise UserError(
+            f"{denoiser.path} is an SDXL-like model (addition_embed_type {denoiser.addition_embed_type!r}): its two "
+            "text encoders and size conditions are not supported; use a Stable Diffusion 1.x or 2.x directory"
+        )
+    if denoiser.cross_attention_dim != denoiser.text_width:
+        raise UserError(
+            f"{denoiser.path}: the UNet takes conditions of width {denoiser.cross_attention_dim} (cross_attention_dim) "
+            f"but text_encoder gives {denoiser.text_width} (hidden_size); take both folders from the same model"
+        )
+    if prediction_type is None and denoiser.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"{denoiser.path}/scheduler predicts {denoiser.prediction_type!r}, expected epsilon or v_prediction; "
+            "use a Stable Diffusion 1.x or 2.x directory"
+        )
+    if prediction_type is not None:
+        return [f"note: prediction_type {prediction_type} overrides the scheduler's {denoiser.prediction_type}"]
+    return []
+
+
+def check_sizes(
+    tower: TowerSummary, denoiser: DenoiserSummary, image_size: int | None, diffusion_size: int | None
+) -> list[str]:
+    """Refuses an image size that the tower's positions do not fit, or that does not divide into latents."""
+    if image_size is not None and image_size != tower.image_size:
+        raise UserError(
+            f"image_size is {image_size}, but the tower takes {tower.image_size} ({tower.path}/config.json): its "
+            "position embedding fits no other size; leave image_size out, or choose another tower"
+        )
+    size, name = diffusion_size or tower.image_size, "diffusion_size"
+    if size <= 0 or size % denoiser.vae_scale:
+        origin = "" if diffusion_size else " (the tower's size, since it is not set)"
+        below = max(size // denoiser.vae_scale, 1) * denoiser.vae_scale
+        raise UserError(
+            f"{name} is {size}{origin}, expected a multiple of {denoiser.vae_scale}, the VAE's factor; "
+            f"set {name}={below} or {below + denoiser.vae_scale}"
+        )
+    latent = size // denoiser.vae_scale
+    notes = [f"sizes: tower {tower.image_size} px, VAE {size} px, latents {latent} x {latent}"]
+    if latent % denoiser.unet_scale:
+        # diffusers resizes on the way up, so the published 224 px on SD (28 x 28 latents) works and is not an error.
+        notes.append(
+            f"note: latents of {latent} are no multiple of {denoiser.unet_scale}, the UNet resizes inside; "
+            f"multiples of {denoiser.vae_scale * denoiser.unet_scale} px avoid it"
+        )
+    return notes
+
+
+def check_projector(directory: str | os.PathLike[str], tower_width: int, condition_width: int) -> None:
+    """Refuses a projector that was made for another tower or another denoiser, or whose weights are not whole."""
+    directory = Path(directory).expanduser()
+    if not directory.is_dir():
+        raise UserError(f"projector directory {str(directory)!r} does not exist; give the projector/ folder of a run")
+    stored = read_json(directory / "config.json")
+    for key, wanted, whose in (
+        ("input_width", tower_width, "the tower's embedding has"),
+        ("output_width", condition_width, "the denoiser's conditions have"),
+    ):
+        if stored.get(key) != wanted:
+            raise UserError(
+                f"projector {directory} has {key} {stored.get(key)}, but {whose} width {wanted}; "
+                "use the projector that was trained with this tower and denoiser, or leave projector out"
+            )
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{directory / 'model.safetensors'} is missing; give the projector/ folder of a finished phase")
+    for file in weights:
+        read_safetensors_header(file)
+
+
+def check_data(data: str | list[str] | None) -> list[str]:
+    """Refuses patterns that match nothing, and files or folders without a single image."""
+    if not data:
+        raise UserError(
+            "data is not set; give WebDataset tars, an image folder or Parquet files, e.g. data='shards/*.tar'"
+        )
+    notes = []
+    for pattern in [data] if isinstance(data, str) else data:
+        if pattern == "mini":
+            notes.append("images: drawn scenes of the miniature")
+        elif pattern.startswith("hf:") or "://" in pattern:
+            notes.append(f"images: {pattern} (not looked at before training)")
+        else:
+            paths = expand(pattern)
+            if not paths:
+                raise UserError(f"data {pattern!r} matches no file or folder (looked from {os.getcwd()})")
+            named = [
+                text for text in map(os.path.expanduser, _expand_braces(pattern)) if not re.search(r"[*?\[]", text)
+            ]
+            absent = [text for text in named if not os.path.exists(text)]
+            if absent:
+                raise UserError(
+                    f"data {pattern!r} names {len(absent)} of {len(named)} files that do not exist: {absent[0]}"
+                )
+            if not _any_image(paths):
+                raise UserError(
+                    f"data {pattern!r} holds no image: none of {len(paths)} matching path(s) is a tar or Parquet file "
+                    f"or a folder with images ({', '.join(IMAGE_SUFFIXES[:4])}, ...)"
+                )
+            notes.append(f"images: {pattern} ({len(paths)} path{'s' * (len(paths) > 1)})")
+    return notes
+
+
+def expand(pattern: str) -> list[Path]:
+    """Existing paths behind a brace pattern (`{000..012}`, `{a,b}`) or a glob, in order and without doubles."""
+    found: dict[Path, None] = {}
+    for text in _expand_braces(pattern):
+        text = os.path.expanduser(text)
+        # A file whose name holds [ or * is meant literally if it is there.
+        matches = [text] if os.path.exists(text) else sorted(glob.glob(text, recursive=True))
+        found.update(dict.fromkeys(map(Path, matches)))
+    return list(found)
+
+
+def resolve_deepspeed(value: str) -> Path | None:
+    """The JSON file behind a `deepspeed` setting: a shipped name or a path; None for `auto` and `none`.
+
+    Raises:
+        UserError: no such file, or one that leaves gradients unclipped.
+    """
+    if value in ("auto", "none"):
+        return None
+    shipped = sorted(path.stem for path in DEEPSPEED_DIR.glob("*.json"))
+    path = DEEPSPEED_DIR / f"{value}.json" if value in shipped else Path(value).expanduser()
+    if not path.is_file():
+        raise UserError(f"deepspeed is {value!r}, expected auto, none, {', '.join(shipped)} or the path of a JSON file")
+    # Without the key DeepSpeed does not clip, whatever max_grad_norm says: the Trainer leaves clipping to it.
+    if "gradient_clipping" not in read_json(path):
+        raise UserError(
+            f'{path} does not state gradient_clipping, so nothing would be clipped; add "gradient_clipping": 1.0'
+        )
+    return path
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    head, body, tail = pattern[: match.start()], match.group(1), pattern[match.end() :]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", body)
+    if numbers:
+        first, last = numbers.groups()
+        width = len(first) if first.startswith("0") else 0
+        options = [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
+    else:
+        options = body.split(",")
+    for option in options:
+        yield from _expand_braces(head + option + tail)
+
+
+def _any_image(paths: list[Path]) -> bool:
+    """Whether any of the paths gives an image; broken shards count as empty here, the stream names them."""
+    inspected = 0
+    for path in paths:
+        name = path.name.lower()
+        if path.is_dir():
+            files = (Path(root, file) for root, _, names in os.walk(path) for file in names)
+            inside = list(islice(files, _MAX_FILES))
+            if any(file.name.lower().endswith((*IMAGE_SUFFIXES, ".arrow")) for file in inside):
+                return True
+            shards = [file for file in inside if file.name.lower().endswith((*TAR_SUFFIXES, ".parquet"))]
+            if shards and _any_image(shards[:_MAX_SHARDS]):
+                return True
+        elif name.endswith(IMAGE_SUFFIXES):
+            return True
+        elif name.endswith(TAR_SUFFIXES):
+            inspected += 1
+            if _tar_has_image(path):
+                return True
+        elif name.endswith(".parquet") and _is_parquet(path):
+            return True
+        if inspected >= _MAX_SHARDS:
+            break
+    return False
+
+
+def _tar_has_image(path: Path) -> bool:
+    try:
+        with tarfile.open(path) as archive:
+            return any(member.name.lower().endswith(IMAGE_SUFFIXES) for member in islice(archive, _MAX_MEMBERS))
+    except (tarfile.TarError, OSError, EOFError):
+        return False
+
+
+def _is_parquet(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def _near(values: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    return all(abs(value - other) < 0.005 for value, other in zip(values, others, strict=True))
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.3g} M"

@@ -1,0 +1,121 @@
+"""The configuration of stage 1. Defaults are the published recipe with its defects mended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dcr_mllm.errors import UserError
+from stage1_dcr.views import ViewConfig
+
+
+@dataclass(kw_only=True)
+class Stage1Config:
+    """Everything that stage 1 can be told.
+
+    Recipe: the shipped configs of boyuh/DCR@c16d885 (batch 16 x 8 processes x accumulation 2, AdamW, constant schedule).
+    Where a default differs from them, the field says so.
+    """
+
+    run: str = "stage1"
+    """Name of the run: results go to `<runs_dir>/<run>`."""
+    runs_dir: str = "runs"
+    """Where runs live."""
+
+    tower: str
+    """Vision tower: a Hugging Face directory or cached hub id of a CLIP or SigLIP model, or `mini`."""
+    denoiser: str
+    """Stable Diffusion: a directory with vae/ unet/ scheduler/ text_encoder/ tokenizer/, a cached hub id, or `mini`."""
+    data: str | list[str] | None = None
+    """Training images: WebDataset tars (glob or brace), an image folder, Parquet, `hf:NAME[:SPLIT]`, or `mini`."""
+    image_size: int | None = None
+    """Pixels the tower sees; None: the size in the tower's own config, the only one its positions fit."""
+    diffusion_size: int | None = None
+    """Pixels the VAE sees; None: the tower's size, as in the published code."""
+    seed: int = 0
+    """Of everything: initialisation, data order, crops, views, noise and timesteps."""
+
+    # Objective
+    projector_objective: Literal["dcr", "reconstruction"] = "dcr"
+    """Loss of the projector phase."""
+    tower_objective: Literal["dcr", "reconstruction"] = "dcr"
+    """Loss of the tower phase; `reconstruction` is the baseline that DCR is compared with."""
+    tau: float = 0.1
+    """Temperature of the contrast."""
+    prediction_type: Literal["epsilon", "velocity"] | None = None
+    """Target of the denoiser; None: as its scheduler says (the published code always took velocity)."""
+    timestep_range: tuple[int, int] = (0, 1000)
+    """Diffusion times are uniform in [low, high)."""
+    keep_close: float = 0.0
+    """Weight of 1 - cosine between the class embedding and the frozen base tower's (not part of DCR)."""
+    views: ViewConfig = field(default_factory=ViewConfig)
+    """Augmentation of the positive view; flips are off (the published code mirrors both ways)."""
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Area of the random crop that every training image goes through."""
+
+    # Phases
+    projector: str | None = None
+    """Start from this projector directory instead of a fresh one."""
+    projector_width: int = 1024
+    """Hidden width of the projector."""
+    projector_steps: int = 100_000
+    """Optimizer steps of the projector phase; 0 skips it (with `projector` given)."""
+    projector_learning_rate: float = 1e-4
+    tower_steps: int = 4600
+    """Optimizer steps of the tower phase; 0 skips it."""
+    tower_learning_rate: float = 1e-5
+    lora_rank: int = 16
+    lora_alpha: int = 16
+    lora_dropout: float = 0.1
+
+    # Optimisation
+    batch_size: int = 16
+    """Images per process and micro-step; negatives per row are `batch_size - 1` (they stay local to a process)."""
+    accumulation: int = 2
+    """Micro-steps per optimizer step."""
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    schedule: Literal["constant", "cosine", "linear", "constant_with_warmup"] = "constant"
+    warmup_steps: int = 0
+    """Used by every schedule but `constant`."""
+    rows_per_chunk: int | Literal["auto"] = "auto"
+    """Rows of the B x (B+1) grid in memory at a time: exact for any value, a trade of memory for speed."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on CUDA, fp32 on the CPU."""
+    deepspeed: str = "auto"
+    """auto: ZeRO 2 with several processes, none with one. Or none, zero1, zero2, zero3, zero2_offload, zero3_offload, a path."""
+
+    # Data loading
+    num_workers: int = 8
+    shuffle_buffer: int = 2000
+    """Images per shuffled block, per worker."""
+    max_skipped_fraction: float = 0.05
+    """Broken images beyond this share stop the run."""
+
+    # Bookkeeping
+    save_every: int = 500
+    """Optimizer steps between checkpoints; a killed run goes on from the last one."""
+    log_every: int = 10
+    report_to: str | list[str] = "tensorboard"
+    """Trackers of `transformers.TrainingArguments`; metrics.jsonl is always written."""
+    evaluate: bool = False
+    """Compare the new tower with its base on the miniature's benchmarks when training has ended."""
+
+    def __post_init__(self) -> None:
+        for name in ("projector_steps", "tower_steps", "keep_close", "weight_decay", "warmup_steps", "num_workers"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative, found {getattr(self, name)}.")
+        for name in ("tau", "accumulation", "lora_rank", "save_every", "log_every", "projector_width", "shuffle_buffer"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, found {getattr(self, name)}.")
+        if self.batch_size < 2:
+            raise UserError(f"batch_size must be at least 2 (one image has no negatives), found {self.batch_size}.")
+        if self.rows_per_chunk != "auto" and self.rows_per_chunk < 1:
+            raise UserError(f"rows_per_chunk must be auto or at least 1, found {self.rows_per_chunk}.")
+        low, high = self.timestep_range
+        if not 0 <= low < high:
+            raise UserError(f"timestep_range must be [low, high) with 0 <= low < high, found [{low}, {high}).")
+        if self.projector_steps == 0 and self.projector is None and self.tower_steps > 0:
+            raise UserError("projector_steps is 0 and no projector is given: name one with projector=DIR.")
+        if not self.run or "/" in self.run:
+            raise UserError(f"run must be a name without slashes, found {self.run!r}.")

@@ -1,0 +1,284 @@
+"""Stage 1 from a checked config to a tower directory: projector phase, tower phase, export.
+
+Both phases run on `transformers.Trainer`. Everything frozen is loaded before `TrainingArguments` exists, since under
+ZeRO 3 whatever `from_pretrained` loads after it comes out empty.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dcr_mllm.headers import denoiser_summary, resolve_weights
+from dcr_mllm.launch import Launch, use_single_process_environment
+from dcr_mllm.log import get_logger
+from dcr_mllm.runs import PROVENANCE_FILE, Run, atomic_directory, hash_directory, provenance, write_json_atomic
+from dcr_mllm.towers import (
+    ImageStatistics,
+    VisionTower,
+    add_lora,
+    export_tower,
+    image_statistics,
+    load_full_model,
+    lora_config,
+    merged_tensors,
+    vision_tower,
+)
+from stage1_dcr.config import Stage1Config
+from stage1_dcr.denoiser import Denoiser
+from stage1_dcr.images import StreamPosition, fingerprint, make_loader
+from stage1_dcr.projector import Projector
+from stage1_dcr.step import Phase, TrainingStep
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+logger = get_logger(__name__)
+
+
+class Stage1:
+    """What both phases share: the frozen models, loaded once, and where things go."""
+
+    def __init__(self, config: Stage1Config, launch: Launch):
+        self.config, self.launch = config, launch
+        self.tower_path = resolve_weights(config.tower, "tower")
+        self.denoiser_path = resolve_weights(config.denoiser, "denoiser")
+        self.statistics: ImageStatistics = image_statistics(self.tower_path)
+        self.dtype = torch.bfloat16 if launch.precision == "bf16" else torch.float32
+        self.denoiser = Denoiser.load(
+            self.denoiser_path, device="cpu", dtype=self.dtype, prediction_type=config.prediction_type
+        )
+        self.tower: VisionTower = vision_tower(load_full_model(self.tower_path))
+        self.latent_shape = self.denoiser.latent_shape(config.diffusion_size or self.statistics.size)
+        self.crop_size = max(self.statistics.size, config.diffusion_size or self.statistics.size)
+
+    def new_projector(self) -> Projector:
+        """The projector to start from: the one that the config names, or a fresh one."""
+        if self.config.projector is not None:
+            return Projector.load(self.config.projector)
+        torch.manual_seed(self.config.seed)
+        return Projector(
+            self.tower.width, self.denoiser.cross_attention_dim, hidden_width=self.config.projector_width
+        )
+
+
+def prepare(stage: Stage1, phase: Phase, projector: Projector) -> TrainingStep:
+    """The module that a phase trains, with its LoRA in place in the tower phase."""
+    config = stage.config
+    # Each phase works on its own copy: ZeRO 3 takes the parameters of a trained module apart.
+    tower = copy.deepcopy(stage.tower)
+    reference = None
+    if phase == "tower":
+        torch.manual_seed(config.seed)
+        add_lora(tower, lora_config(config.lora_rank, config.lora_alpha, config.lora_dropout))
+        reference = copy.deepcopy(stage.tower) if config.keep_close else None
+    else:
+        projector.requires_grad_(True)
+    return TrainingStep(
+        phase=phase,
+        tower=tower,
+        projector=projector,
+        denoiser=stage.denoiser,
+        statistics=stage.statistics,
+        config=config,
+        reference=reference,
+    )
+
+
+def training_arguments(config: Stage1Config, launch: Launch, phase: Phase, directory: Path) -> TrainingArguments:
+    """The Trainer's arguments for a phase."""
+    from transformers import TrainingArguments
+
+    if launch.deepspeed is not None:
+        use_single_process_environment()
+    return TrainingArguments(
+        output_dir=str(directory),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.projector_learning_rate if phase == "projector" else config.tower_learning_rate,
+        max_steps=config.projector_steps if phase == "projector" else config.tower_steps,
+        weight_decay=config.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_steps,
+        optim="adamw_torch",
+        bf16=launch.precision == "bf16",
+        use_cpu=launch.device == "cpu",
+        deepspeed=str(launch.deepspeed) if launch.deepspeed else None,
+        logging_steps=config.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would wait for the device at every step
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=None,  # StreamTrainer keeps the last two complete ones
+        report_to=config.report_to,
+        run_name=f"{config.run}-{phase}",
+        seed=config.seed,
+        data_seed=config.seed,
+        remove_unused_columns=False,
+        ignore_data_skip=True,  # the stream itself starts where it stopped
+        ddp_find_unused_parameters=False,
+    )
+
+
+def run_phase(
+    stage: Stage1, phase: Phase, projector: Projector, run: Run, data: str | list[str]
+) -> dict[str, Tensor]:
+    """Train one phase to its end, from its last complete checkpoint if there is one.
+
+    Returns:
+        The trained tensors by their names in the projector or the tower, fp32 on the CPU.
+    """
+    from dcr_mllm.trainer import StreamTrainer, cut_metrics, gathered_trainable_state, keep_trainable_only
+    from dcr_mllm.trainer import last_checkpoint, read_position
+
+    config = stage.config
+    directory = run.path / "checkpoints" / phase
+    module = prepare(stage, phase, projector)
+    keep_trainable_only(module)
+    arguments = training_arguments(config, stage.launch, phase, directory)
+    module.move_frozen(arguments.device, stage.dtype)
+
+    checkpoint = last_checkpoint(directory)
+    metrics_file = run.path / "metrics.jsonl"
+    if checkpoint is None:
+        position, step = StreamPosition(), 0
+    else:
+        position = StreamPosition.from_json(read_position(checkpoint, arguments.process_index, arguments.world_size))
+        step = int(checkpoint.name.rsplit("-", 1)[1])
+        logger.info("%s phase goes on from step %d", phase, step)
+    if arguments.process_index == 0:
+        cut_metrics(metrics_file, phase, step)
+
+    # The tower phase sees other images than the projector phase, not the same ones once more.
+    loader = make_loader(
+        data,
+        batch_size=config.batch_size,
+        size=stage.crop_size,
+        latent_shape=stage.latent_shape,
+        seed=2 * config.seed + (phase == "tower"),
+        rank=arguments.process_index,
+        world_size=arguments.world_size,
+        num_workers=config.num_workers,
+        shuffle_buffer=config.shuffle_buffer,
+        views=config.views,
+        crop_scale=config.crop_scale,
+        max_skipped_fraction=config.max_skipped_fraction,
+        position=position,
+    )
+    trainer = StreamTrainer(
+        model=module,
+        args=arguments,
+        loader=loader,
+        position=position,
+        metrics=module.metrics,
+        metrics_file=metrics_file,
+        phase=phase,
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state = gathered_trainable_state(trainer)
+    prefix = f"{phase}."
+    trainer.accelerator.free_memory()
+    return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def run_stage1(config: Stage1Config, launch: Launch, run: Run, data: str | list[str]) -> dict[str, Any]:
+    """Run what is left of a run: projector phase, tower phase, export.
+
+    Args:
+        config: Checked by `stage1_dcr.checks.preflight`.
+        launch: How it runs.
+        run: Its directory.
+        data: The image source, with `mini` already turned into shards.
+
+    Returns:
+        Paths of what came out, on every rank.
+    """
+    is_main = _rank() == 0
+    projector_dir, tower_dir = run.path / "projector", run.path / "tower"
+    results: dict[str, Any] = {}
+    stage = Stage1(config, launch)
+    denoiser_hash = hash_directory(stage.denoiser_path) if is_main else ""
+
+    if config.projector_steps > 0 and not projector_dir.is_dir():
+        projector = stage.new_projector()
+        state = run_phase(stage, "projector", projector, run, data)
+        if is_main:
+            trained = stage.new_projector()
+            trained.denoiser_hash = denoiser_hash
+            with atomic_directory(projector_dir) as temporary:
+                trained.save(temporary, state_dict=state)
+        _barrier()
+    source = projector_dir if config.projector_steps > 0 else config.projector
+    if source is not None:
+        results["projector"] = str(source)
+
+    if config.tower_steps > 0 and not tower_dir.is_dir():
+        assert source is not None, "Stage1Config refuses a tower phase without projector"
+        state = run_phase(stage, "tower", Projector.load(source), run, data)
+        if is_main:
+            _export(stage, state, run, data)
+        _barrier()
+    if config.tower_steps > 0:
+        results["tower"] = str(tower_dir)
+    return results
+
+
+def _export(stage: Stage1, state: dict[str, Tensor], run: Run, data: str | list[str]) -> None:
+    """Merge and write the tower with its provenance and card; zero.Init must be off, or the base would load empty."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from stage1_dcr.card import model_card
+
+    unset_hf_deepspeed_config()
+    config = stage.config
+    lora = lora_config(config.lora_rank, config.lora_alpha, config.lora_dropout)
+    with atomic_directory(run.path / "adapter", replace=True) as temporary:
+        changed = merged_tensors(stage.tower_path, lora, state, temporary)
+    with atomic_directory(run.path / "tower") as temporary:
+        export_tower(stage.tower_path, changed, temporary)
+        record = provenance(
+            config,
+            base_tower=stage.tower_path,
+            denoiser=stage.denoiser_path,
+            data=fingerprint(data),
+            prediction_type=stage.denoiser.prediction_type,
+            steps={"projector": config.projector_steps, "tower": config.tower_steps},
+            seeds={"seed": config.seed},
+            num_processes=stage.launch.num_processes,
+            precision=stage.launch.precision,
+        )
+        write_json_atomic(temporary / PROVENANCE_FILE, record)
+        (temporary / "README.md").write_text(model_card(config, record), encoding="utf-8")
+
+
+def _rank() -> int:
+    from dcr_mllm.log import rank
+
+    return rank()
+
+
+def _barrier() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def trainable_table(stage: Stage1) -> str:
+    """What each phase trains: module, tensors, parameters."""
+    lines = [f"{'phase':<10} {'module':<10} {'tensors':>8} {'parameters':>12}"]
+    phases: tuple[Phase, ...] = ("projector", "tower")
+    for phase in phases:
+        module = prepare(stage, phase, stage.new_projector())
+        trained = [p for p in module.parameters() if p.requires_grad]
+        count = sum(p.numel() for p in trained)
+        lines.append(f"{phase:<10} {phase if phase == 'projector' else 'LoRA':<10} {len(trained):>8} {count:>12,}")
+    frozen = denoiser_summary(stage.denoiser_path).num_parameters
+    lines.append(f"{'-':<10} {'denoiser':<10} {'frozen':>8} {frozen:>12,}")
+    return "\n".join(lines)

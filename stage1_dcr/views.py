@@ -1,0 +1,223 @@
+"""Batched views of images, on the device, in pixel space [0, 1], before normalisation.
+
+Augmenting comes before normalising: colour operations clamp to [0, 1], which would destroy normalised pixels. Every sample has
+factors of its own, drawn on the CPU by `draw_view_params` and applied to the whole batch at once by `augment`: no loop
+over samples and nothing that makes the host wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# The columns of a parameter vector. The crop box is relative to the image, so the vector holds at every resolution.
+VIEW_PARAMS = (
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "center_x",
+    "center_y",
+    "width",
+    "height",
+    "horizontal_flip",
+    "vertical_flip",
+)
+NUM_VIEW_PARAMS = len(VIEW_PARAMS)
+_CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+
+
+@dataclass(kw_only=True, frozen=True)
+class ViewConfig:
+    """How far a positive view may differ from its image.
+
+    Attributes:
+        brightness: factor drawn from [1 - brightness, 1 + brightness], likewise contrast and saturation.
+        contrast: see brightness.
+        saturation: see brightness.
+        hue: shift drawn from [-hue, hue], as a part of the colour circle, at most 0.5.
+        crop_scale: area of the crop relative to the image.
+        crop_ratio: width : height of the crop.
+        horizontal_flip: probability. 0 by default: pulling a picture and its mirror image together erases orientation, which
+            is one of the things a better tower should see.
+        vertical_flip: probability, 0 by default for the same reason.
+    """
+
+    brightness: float = 0.1
+    contrast: float = 0.1
+    saturation: float = 0.1
+    hue: float = 0.05
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    crop_ratio: tuple[float, float] = (0.9, 1.1)
+    horizontal_flip: float = 0.0
+    vertical_flip: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            _check(name, getattr(self, name), 0.0, math.inf)
+        _check("hue", self.hue, 0.0, 0.5)
+        _check("horizontal_flip", self.horizontal_flip, 0.0, 1.0)
+        _check("vertical_flip", self.vertical_flip, 0.0, 1.0)
+        check_range("crop_scale", self.crop_scale, 1.0)
+        check_range("crop_ratio", self.crop_ratio, math.inf)
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must lie between {low:g} and {high:g}")
+
+
+def check_range(name: str, value: Sequence[float], high: float) -> None:
+    """Refuses anything but two ordered positive numbers up to `high`."""
+    if len(value) != 2 or not 0 < value[0] <= value[1] <= high:
+        raise ValueError(f"{name} is {list(value)}; it must be two numbers, 0 < low <= high <= {high:g}")
+
+
+def draw_view_params(config: ViewConfig, generator: torch.Generator, n: int | None = None) -> Tensor:
+    """Draws what makes one view, or n of them.
+
+    The number of random numbers drawn does not depend on the config.
+
+    Args:
+        config: the ranges.
+        generator: on the CPU; the parameters depend on nothing else.
+        n: how many vectors; None gives one without a batch dimension.
+
+    Returns:
+        [P] or [n, P] float32, columns named by `VIEW_PARAMS`.
+    """
+    count = 1 if n is None else n
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=generator)
+
+    color = uniform(4)
+    flips = uniform(2)
+    place = uniform(2)
+    attempts = uniform(_CROP_ATTEMPTS, 2)
+
+    jitter = torch.tensor([config.brightness, config.contrast, config.saturation])
+    factors = 1 + (2 * color[:, :3] - 1) * jitter
+    factors = factors.clamp_min(0)
+    hue = (2 * color[:, 3:] - 1) * config.hue
+    size = _crop_size(config, attempts)
+    center = size / 2 + place * (1 - size)
+    probability = torch.tensor([config.horizontal_flip, config.vertical_flip])
+    params = torch.cat([factors, hue, center, size, (flips < probability).float()], dim=1)
+    return params[0] if n is None else params
+
+
+def _crop_size(config: ViewConfig, attempts: Tensor) -> Tensor:
+    """Width and height [n, 2] of the first attempt that fits into the image, as torchvision's RandomResizedCrop."""
+    low, high = config.crop_scale
+    # Written so that equal ends give that very number, without rounding.
+    area = low + (high - low) * attempts[..., 0]
+    low, high = (math.log(ratio) for ratio in config.crop_ratio)
+    ratio = torch.exp(low + (high - low) * attempts[..., 1])
+    sizes = torch.stack([torch.sqrt(area * ratio), torch.sqrt(area / ratio)], dim=-1)  # [n, attempts, 2]
+    fits = (sizes <= 1).all(dim=-1)
+    first = fits.float().argmax(dim=1)
+    chosen = sizes[torch.arange(len(sizes)), first]
+    # None fits: the largest centred box whose ratio is allowed.
+    nearest = min(max(1.0, config.crop_ratio[0]), config.crop_ratio[1])
+    whole = torch.tensor([min(1.0, nearest), min(1.0, 1 / nearest)])
+    return torch.where(fits.any(dim=1, keepdim=True), chosen, whole)
+
+
+def augment(images: Tensor, params: Tensor) -> Tensor:
+    """Makes one view of each image: brightness, contrast, saturation, hue, crop and resize, flips, in this order.
+
+    The order is fixed, where torchvision's ColorJitter shuffles it: that would cost a batch per order and adds little at such factors.
+    The crop is bicubic without antialiasing, which needs a crop scale near 1 (shrinking is out of the question, as
+    the output has the size of the input). Neutral parameters return the input bit for bit.
+
+    Args:
+        images: [B, 3, H, W] float in [0, 1].
+        params: [B, P] from `draw_view_params`.
+
+    Returns:
+        [B, 3, H, W] float32 in [0, 1].
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(f"images must be [B, 3, H, W] float in [0, 1], found {list(images.shape)} {images.dtype}")
+    if params.shape != (len(images), NUM_VIEW_PARAMS):
+        raise ValueError(f"view parameters must be [{len(images)}, {NUM_VIEW_PARAMS}], found {list(params.shape)}")
+    params = params.to(device=images.device, dtype=torch.float32, non_blocking=True)
+    brightness, contrast, saturation, hue = (params[:, i, None, None, None] for i in range(4))
+    view = (images.float() * brightness).clamp(0, 1)
+    view = _blend(view, _grey(view).mean(dim=(1, 2, 3), keepdim=True), contrast)
+    view = _blend(view, _grey(view), saturation)
+    view = torch.where(hue == 0, view, _shift_hue(view, hue))
+    return _crop(view, params)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Luma [B, 1, H, W] with the weights of torchvision and PIL."""
+    red, green, blue = images.unbind(dim=1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+
+
+def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return (images * factor + other * (1 - factor)).clamp(0, 1)
+
+
+def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue by `shift` [B, 1, 1, 1] of the colour circle, through HSV and back."""
+    low, high = torch.aminmax(images, dim=1)
+    spread = high - low
+    grey = spread == 0
+    red, green, blue = (
+        (high.unsqueeze(1) - images) / torch.where(grey, torch.ones_like(spread), spread).unsqueeze(1)
+    ).unbind(1)
+    is_red = images[:, 0] == high
+    is_green = images[:, 1] == high
+    hue6 = torch.where(is_red, blue - green, torch.where(is_green, 2 + red - blue, 4 + green - red))  # in sixths
+    hue6 = torch.where(grey, torch.zeros_like(hue6), hue6) + 6 * shift[:, 0]
+    # Back in closed form: channel = value - spread * clamp(min(k, 4 - k), 0, 1), k = (n + hue6) mod 6, n = 5, 3, 1.
+    channels = []
+    for start in (5.0, 3.0, 1.0):
+        k = (start + hue6).remainder(6.0)
+        channels.append(high - spread * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, dim=1).clamp(0, 1)
+
+
+def _crop(images: Tensor, params: Tensor) -> Tensor:
+    """Cuts the box of each sample, flips it, and resizes it to the full image."""
+    height, width = images.shape[-2:]
+    center, size, flips = params[:, 4:6], params[:, 6:8], params[:, 8:10]
+    extent = size * (1 - 2 * flips)  # a flip runs through the box backwards
+    # The grid is made by hand: affine_grid is a matrix product, which autocast would compute in 16 bits, pixels off.
+    across = (torch.arange(width, device=images.device, dtype=torch.float32) + 0.5) / width - 0.5
+    down = (torch.arange(height, device=images.device, dtype=torch.float32) + 0.5) / height - 0.5
+    x = 2 * (center[:, 0, None] + extent[:, 0, None] * across) - 1  # [B, W]
+    y = 2 * (center[:, 1, None] + extent[:, 1, None] * down) - 1  # [B, H]
+    shape = (len(images), height, width)
+    grid = torch.stack([x[:, None, :].expand(shape), y[:, :, None].expand(shape)], dim=-1)
+    view = functional.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
+    # Sampling at the pixel centres is the identity only up to rounding.
+    untouched = ((size == 1) & (flips == 0)).all(dim=1)[:, None, None, None]
+    return torch.where(untouched, images, view.clamp(0, 1))
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resizes [B, 3, H, W] in [0, 1] to [B, 3, size, size], bicubic with antialiasing; returns the input if it fits."""
+    if tuple(images.shape[-2:]) == (size, size):
+        return images
+    resized = functional.interpolate(images, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    return resized.clamp(0, 1)
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Subtracts `mean` and divides by `std`, per channel of [B, 3, H, W].
+
+    Both are plain numbers: they reach the device as kernel arguments, not as a copy that has to be waited for.
+    """
+    if len(mean) != images.shape[1] or len(std) != images.shape[1]:
+        raise ValueError(f"mean {list(mean)} and std {list(std)} must have one number per channel ({images.shape[1]})")
+    channels = [(images[:, i] - float(mean[i])) / float(std[i]) for i in range(images.shape[1])]
+    return torch.stack(channels, dim=1)

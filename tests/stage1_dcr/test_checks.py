@@ -1,0 +1,231 @@
+"""Every bad input is refused with one sentence, from headers alone, before torch or a model library is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from dcr_mllm.errors import UserError
+from stage1_dcr.checks import DEEPSPEED_DIR, check_data, expand, preflight, resolve_deepspeed
+from tests.fake_models import OPENAI_MEAN, OPENAI_STD, write_denoiser, write_json, write_projector, write_tower
+
+
+@dataclasses.dataclass(kw_only=True)
+class Config:
+    """The fields of the stage's config that the checks read."""
+
+    tower: str
+    denoiser: str
+    data: str | list[str] | None = "mini"
+    image_size: int | None = None
+    diffusion_size: int | None = None
+    batch_size: int = 8
+    projector: str | None = None
+    deepspeed: str = "auto"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return Config(tower=str(write_tower(tmp_path / "tower")), denoiser=str(write_denoiser(tmp_path / "denoiser")))
+
+
+def refused(config: Config, message: str, **changes: object) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        preflight(dataclasses.replace(config, **changes))  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def edit(path: str | Path, **changes: object) -> None:
+    write_json(Path(path), json.loads(Path(path).read_text()) | changes)
+
+
+def write_tar(path: Path, *names: str) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            archive.addfile(member, io.BytesIO(b"x"))
+    return path
+
+
+def test_good_config_passes_and_says_what_it_found(config: Config, tmp_path: Path) -> None:
+    config.projector = str(write_projector(tmp_path / "projector"))
+    notes = "\n".join(preflight(config))
+    assert "clip, 32 px, patch 8, 2 layers x 8, embedding 6" in notes
+    assert "predicts epsilon" in notes and "latents 8 x 8" in notes
+    assert "note:" not in notes
+
+
+def test_one_image_has_no_negatives(config: Config) -> None:
+    refused(config, "batch_size is 1, expected at least 2", batch_size=1)
+
+
+@pytest.mark.parametrize("kind", ["tower", "denoiser"])
+def test_missing_directories(config: Config, kind: str) -> None:
+    refused(config, f"{kind} directory './nowhere' does not exist", **{kind: "./nowhere"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("tower", "model.safetensors"), ("denoiser", "unet/diffusion_pytorch_model.safetensors")]
+)
+def test_partial_and_truncated_directories(config: Config, kind: str, name: str) -> None:
+    file = Path(getattr(config, kind)) / name
+    content = file.read_bytes()
+    file.write_bytes(content[:-10])
+    refused(config, f"{re.escape(name)} is incomplete")
+    file.unlink()
+    refused(config, f"{re.escape(name)} is missing")
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"), [((7, 12), "input_width 7.* width 6"), ((6, 13), "output_width 13.* width 12")]
+)
+def test_projector_of_another_width(config: Config, tmp_path: Path, widths: tuple[int, int], message: str) -> None:
+    refused(config, message, projector=str(write_projector(tmp_path / "projector", *widths)))
+
+
+def test_missing_and_partial_projector(config: Config, tmp_path: Path) -> None:
+    refused(config, "projector directory .* does not exist", projector=str(tmp_path / "nowhere"))
+    projector = write_projector(tmp_path / "projector")
+    (projector / "model.safetensors").write_bytes(b"12")
+    refused(config, "model.safetensors is incomplete", projector=str(projector))
+    (projector / "model.safetensors").unlink()
+    refused(config, "model.safetensors is missing", projector=str(projector))
+
+
+def test_siglip_with_clip_normalisation(config: Config, tmp_path: Path) -> None:
+    config.tower = str(write_tower(tmp_path / "siglip", "siglip"))
+    preflight(config)
+    edit(Path(config.tower) / "preprocessor_config.json", image_mean=OPENAI_MEAN, image_std=OPENAI_STD)
+    refused(config, "SigLIP tower.*has CLIP's image_mean and image_std")
+
+
+def test_cross_attention_width_mismatch(config: Config) -> None:
+    edit(Path(config.denoiser) / "text_encoder" / "config.json", hidden_size=16)
+    refused(config, "takes conditions of width 12 .*text_encoder gives 16")
+
+
+def test_sdxl_is_refused(config: Config) -> None:
+    edit(Path(config.denoiser) / "unet" / "config.json", addition_embed_type="text_time")
+    refused(config, "SDXL-like")
+
+
+def test_unknown_prediction_type(config: Config) -> None:
+    edit(Path(config.denoiser) / "scheduler" / "scheduler_config.json", prediction_type="sample")
+    refused(config, "predicts 'sample', expected epsilon or v_prediction")
+
+
+def test_image_size_that_the_tower_cannot_take(config: Config) -> None:
+    refused(config, "image_size is 48, but the tower takes 32", image_size=48)
+    preflight(dataclasses.replace(config, image_size=32))
+
+
+def test_diffusion_size(config: Config, tmp_path: Path) -> None:
+    refused(config, "diffusion_size is 50, expected a multiple of 4.*48 or 52", diffusion_size=50)
+    refused(config, "expected a multiple of 4", diffusion_size=-4)
+    odd = str(write_tower(tmp_path / "odd", image=30, patch=10))
+    refused(config, r"diffusion_size is 30 \(the tower's size", tower=odd)
+    preflight(dataclasses.replace(config, tower=odd, diffusion_size=32))
+    # The published setting, 28 x 28 latents under a UNet that halves three times, is unusual but works.
+    notes = preflight(dataclasses.replace(config, diffusion_size=36))
+    assert any("latents of 9 are no multiple of 2" in note for note in notes)
+
+
+def test_data_that_is_not_there(config: Config, tmp_path: Path) -> None:
+    refused(config, "data is not set", data=None)
+    refused(config, "matches no file or folder", data=str(tmp_path / "*.tar"))
+    write_tar(tmp_path / "00.tar", "a.jpg")
+    refused(config, "names 2 of 3 files that do not exist: .*01.tar", data=f"{tmp_path}/{{00..02}}.tar")
+
+
+def test_data_without_images(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    refused(config, "holds no image", data=str(folder))
+    (folder / "notes.txt").write_text("x")
+    refused(config, "holds no image", data=str(folder))
+    write_tar(tmp_path / "texts.tar", "a.txt", "a.json")
+    (tmp_path / "empty.tar").write_bytes(b"")
+    (tmp_path / "broken.tar").write_bytes(b"x" * 2000)
+    (tmp_path / "fake.parquet").write_bytes(b"x")
+    refused(config, "holds no image", data=f"{tmp_path}/*.*t*")
+
+
+def test_data_with_images(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", "a.txt", "a.JPG")
+    (tmp_path / "1.tar").write_bytes(b"broken")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "a.png").write_bytes(b"x")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1...PAR1")
+    for pattern in (
+        f"{tmp_path}/*.tar",
+        f"{tmp_path}/{{0,1}}.tar",
+        str(tmp_path / "deep"),
+        f"{tmp_path}/a.parquet",
+        str(tmp_path),
+    ):
+        assert len(check_data(pattern)) == 1
+    assert len(check_data([str(tmp_path / "deep"), "mini", "hf:some/set"])) == 3
+
+
+def test_patterns(tmp_path: Path) -> None:
+    for name in ("s-008.tar", "s-009.tar", "s-010.tar", "odd[1].tar"):
+        (tmp_path / name).touch()
+    assert [path.name for path in expand(f"{tmp_path}/s-{{008..010}}.tar")] == ["s-008.tar", "s-009.tar", "s-010.tar"]
+    assert [path.name for path in expand(f"{tmp_path}/s-{{0*,00*}}.tar")] == ["s-008.tar", "s-009.tar", "s-010.tar"]
+    assert [path.name for path in expand(f"{tmp_path}/odd[1].tar")] == ["odd[1].tar"]
+
+
+def test_deepspeed_files_all_state_gradient_clipping(tmp_path: Path) -> None:
+    names = {path.stem for path in DEEPSPEED_DIR.glob("*.json")}
+    assert names == {"zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"}
+    for name in names:
+        path = resolve_deepspeed(name)
+        assert path is not None
+        settings = json.loads(path.read_text())
+        assert settings["gradient_clipping"] == 1.0
+        assert settings["zero_optimization"]["stage"] == int(name[4])
+        assert ("offload_optimizer" in settings["zero_optimization"]) == name.endswith("_offload")
+        assert settings["train_micro_batch_size_per_gpu"] == settings["gradient_accumulation_steps"] == "auto"
+        # The Trainer's own optimizer and schedule, so that one config means the same with and without DeepSpeed.
+        assert not {"optimizer", "scheduler"} & set(settings)
+        if name.startswith("zero3"):
+            assert settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    assert resolve_deepspeed("auto") is None
+    with pytest.raises(UserError, match="deepspeed is 'zero4'"):
+        resolve_deepspeed("zero4")
+    write_json(tmp_path / "own.json", {"zero_optimization": {"stage": 2}})
+    with pytest.raises(UserError, match="does not state gradient_clipping"):
+        resolve_deepspeed(str(tmp_path / "own.json"))
+
+
+def test_nothing_heavy_is_imported_and_it_is_quick(config: Config) -> None:
+    code = (
+        "import json, sys, types\n"
+        "from stage1_dcr.checks import preflight\n"
+        "preflight(types.SimpleNamespace(**json.loads(sys.argv[1])))\n"
+        "print([name for name in ('torch', 'transformers', 'diffusers', 'datasets', 'numpy') if name in sys.modules])"
+    )
+    started = time.monotonic()
+    command = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(config))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert time.monotonic() - started < 5
+
+
+def test_real_libraries_write_what_the_checks_read(tmp_path: Path) -> None:
+    tiny = pytest.importorskip("tests.tiny_models")
+    config = Config(
+        tower=str(tiny.save_tiny_clip(tmp_path / "clip")), denoiser=str(tiny.save_tiny_denoiser(tmp_path / "d"))
+    )
+    preflight(config)
+    preflight(dataclasses.replace(config, tower=str(tiny.save_tiny_siglip(tmp_path / "siglip"))))

@@ -1,0 +1,231 @@
+"""Stage 1 as a user starts it, on tiny random models: output layout, kill and resume, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[2]
+NUM_STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_clip: Path, tiny_denoiser: Path, tiny_shards: str) -> dict:
+    """A config on tiny models; every step is saved so that a kill can come anywhere."""
+    return {
+        "tower": str(tiny_clip),
+        "denoiser": str(tiny_denoiser),
+        "data": tiny_shards,
+        "projector_width": 16,
+        "projector_steps": NUM_STEPS,
+        "tower_steps": NUM_STEPS,
+        "projector_learning_rate": 1e-3,
+        "tower_learning_rate": 1e-3,
+        "lora_rank": 4,
+        "lora_alpha": 4,
+        "batch_size": 3,
+        "accumulation": 2,
+        "num_workers": 1,
+        "shuffle_buffer": 10,
+        "save_every": 1,
+        "log_every": 1,
+        "report_to": "none",
+    }
+
+
+def command(folder: Path, settings: dict, **changes: object) -> tuple[list[str], dict[str, str]]:
+    folder.mkdir(exist_ok=True)
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump({**settings, "run": "test", "runs_dir": str(folder / "runs"), **changes}))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NPROC"):
+        environment.pop(name, None)
+    return [sys.executable, "-m", "stage1_dcr", str(config)], environment
+
+
+def run(folder: Path, settings: dict, processes: int = 1, **changes: object) -> Path:
+    """Run to the end; returns the run directory."""
+    argv, environment = command(folder, settings, **changes)
+    environment["NPROC"] = str(processes)
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return folder / "runs" / "test"
+
+
+def kill_after(folder: Path, settings: dict, checkpoint: str) -> None:
+    """Start, and kill -9 as soon as a checkpoint is complete."""
+    argv, environment = command(folder, settings)
+    marker = folder / "runs" / "test" / "checkpoints" / checkpoint / "COMPLETE"
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(argv, env=environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 300
+        while not marker.exists():
+            assert process.poll() is None, (folder / "log.txt").read_text()[-4000:]
+            assert time.monotonic() < deadline, f"no {marker}"
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def losses(directory: Path) -> list[tuple[str, int, float]]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [(record["phase"], record["step"], record["loss"]) for record in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, settings: dict) -> Path:
+    """The uninterrupted run."""
+    return run(tmp_path_factory.mktemp("whole"), settings)
+
+
+def test_run_directory_holds_everything(finished: Path, tiny_clip: Path):
+    from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPVisionModel
+
+    tower = finished / "tower"
+    for name in ("config.json", "model.safetensors", "provenance.json", "README.md", "preprocessor_config.json"):
+        assert (tower / name).is_file() or name == "preprocessor_config.json" and (tower / "processor_config.json").is_file()
+    model = AutoModel.from_pretrained(tower)
+    assert isinstance(model, CLIPModel)
+    assert len(AutoTokenizer.from_pretrained(tower)) == model.config.text_config.vocab_size
+    CLIPVisionModel.from_pretrained(tower)
+
+    base, new = load_file(tiny_clip / "model.safetensors"), load_file(tower / "model.safetensors")
+    assert set(base) == set(new)
+    changed = {name for name in base if not torch.equal(base[name].float(), new[name].float())}
+    assert changed and all(".encoder.layers." in name and name.startswith("vision_model.") for name in changed)
+    for name in set(base) - changed:
+        assert base[name].dtype == new[name].dtype
+
+    record = json.loads((tower / "provenance.json").read_text())
+    for key in ("config", "base_tower", "denoiser", "data", "seeds", "packages", "steps", "git"):
+        assert key in record
+    assert (finished / "projector" / "model.safetensors").is_file()
+    assert json.loads((finished / "finished.json").read_text())["tower"].endswith("tower")
+
+
+def test_checkpoints_hold_what_trains_and_no_more(finished: Path):
+    for phase, marker in (("projector", "projector."), ("tower", ".lora_")):
+        last = finished / "checkpoints" / phase / f"checkpoint-{NUM_STEPS}"
+        names = set(load_file(last / "model.safetensors"))
+        assert names and all(marker in name for name in names)
+        assert not (last / "training_args.bin").exists()
+
+
+def test_metrics_are_complete(finished: Path):
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["phase"], r["step"]) for r in records] == [
+        (phase, step) for phase in ("projector", "tower") for step in range(1, NUM_STEPS + 1)
+    ]
+    for name in ("loss", "loss_view", "loss_target", "cos_view", "cos_target", "cos_negative", "grad_norm"):
+        assert all(name in record for record in records)
+    assert all(record["num_negatives"] == 2 for record in records)
+    assert all(abs(r["loss"] - (r["loss_view"] + r["loss_target"]) / 2) < 1e-4 for r in records)
+    assert any("images_per_second" in record for record in records)
+
+
+def test_killed_in_both_phases_and_resumed_gives_the_same_losses(finished: Path, settings: dict, tmp_path: Path):
+    kill_after(tmp_path, settings, "projector/checkpoint-4")
+    kill_after(tmp_path, settings, "tower/checkpoint-5")
+    resumed = run(tmp_path, settings)
+    assert losses(resumed) == losses(finished)
+    one, other = (load_file(path / "tower" / "model.safetensors") for path in (resumed, finished))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_finished_run_prints_results_and_is_not_overwritten(finished: Path, settings: dict):
+    folder = finished.parents[1]
+    before = (finished / "tower" / "model.safetensors").stat().st_mtime_ns
+    argv, environment = command(folder, settings)
+    again = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "run=NAME" in again.stdout and "tower" in again.stdout
+    other = subprocess.run([*argv, "tau=0.2"], env=environment, capture_output=True, text=True, check=False)
+    assert other.returncode == 2 and "tau" in other.stderr and "run=" in other.stderr
+    assert (finished / "tower" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("key", ["lr=1", "tower_step=3"])
+def test_unknown_key_names_the_nearest(settings: dict, tmp_path: Path, key: str):
+    argv, environment = command(tmp_path, settings)
+    done = subprocess.run([*argv, key], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and key.split("=")[0] in done.stderr
+    if key.startswith("tower"):
+        assert "tower_steps" in done.stderr
+
+
+def test_print_config_and_dry_run(settings: dict, tmp_path: Path):
+    argv, environment = command(tmp_path, settings, tower="no/where", denoiser="no/where", data=None)
+    printed = subprocess.run([*argv, "--print-config"], env=environment, capture_output=True, text=True, check=False)
+    assert printed.returncode == 0 and yaml.safe_load(printed.stdout)["tower"] == "no/where"
+    argv, environment = command(tmp_path, settings)
+    dry = subprocess.run([*argv, "--dry-run"], env=environment, capture_output=True, text=True, check=False)
+    assert dry.returncode == 0, dry.stderr
+    assert "LoRA" in dry.stdout and "projector" in dry.stdout and "effective batch 6" in dry.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def interleaved(settings: dict, folder: Path) -> dict[str, torch.Tensor]:
+    """The judge: one process, without DeepSpeed, that accumulates the batches of both ranks."""
+    from unittest import mock
+
+    import stage1_dcr.train as train
+    from dcr_mllm.config import load_config
+    from dcr_mllm.launch import Launch
+    from dcr_mllm.runs import open_run
+    from stage1_dcr.config import Stage1Config
+
+    command(folder, settings, accumulation=2)
+    config = load_config(Stage1Config, folder / "config.yaml", [])
+    real = train.make_loader
+
+    class Both:
+        dataset = None
+
+        def __init__(self, **arguments):
+            ranks = [{**arguments, "rank": rank, "world_size": 2} for rank in range(2)]
+            self.loaders = [real(config.data, **rank) for rank in ranks]
+
+        def __iter__(self):
+            for pair in zip(*self.loaders, strict=True):
+                yield from pair
+
+    launch = Launch(device="cpu", num_processes=1, precision="fp32", deepspeed=None)
+    with (
+        mock.patch.object(train, "make_loader", lambda data, **arguments: Both(**arguments)),
+        mock.patch.object(train.StreamPosition, "update", lambda self, batch: None),
+    ):
+        train.run_stage1(config, launch, open_run(config.runs_dir, config), config.data)
+    return load_file(folder / "runs" / "test" / "tower" / "model.safetensors")
+
+
+@pytest.mark.parametrize("stages", [("zero2", "zero3")])
+def test_two_processes_equal_one_that_accumulates(settings: dict, tmp_path: Path, tiny_clip: Path, stages):
+    few = {**settings, "projector_steps": 3, "tower_steps": 3, "lora_dropout": 0.0, "num_workers": 0, "save_every": 2}
+    judge = interleaved(few, tmp_path / "judge")
+    base = load_file(tiny_clip / "model.safetensors")
+    towers = {}
+    for stage in stages:
+        directory = run(tmp_path / stage, few, processes=2, accumulation=1, deepspeed=stage)
+        towers[stage] = load_file(directory / "tower" / "model.safetensors")
+    trained = [name for name in base if name.endswith("fc1.weight") and name.startswith("vision_model")]
+    for name in trained:
+        moved = judge[name] - base[name]
+        assert moved.abs().max() > 1e-5, "the judge has not moved"
+        for tower in towers.values():
+            assert (tower[name] - judge[name]).norm() < 1e-2 * moved.norm()
+        assert torch.allclose(towers["zero2"][name], towers["zero3"][name], atol=1e-7)
