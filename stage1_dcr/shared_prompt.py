@@ -12,7 +12,7 @@ weights sum to one, so
 
 and, as the output projection is linear, ``W_o`` of it is ``W_o softmax(q K_0^T) V_0 + b_o + W_o W_v c``. ``K_0`` and
 ``V_0`` are computed once per layer for the life of the denoiser; the condition enters as one vector per sample, added
-to every position. No gradient has to flow through keys or attention weights to reach ``c``.
+to every position, and no gradient goes through keys or values.
 
 **Whatever precedes the first cross-attention does not depend on c.** In a DCR row the same noisy latent is denoised
 under ``n`` conditions. The time embedding, ``conv_in``, the first residual block, the first transformer's
@@ -62,7 +62,7 @@ class Grid:
 
     @contextmanager
     def of(self, conditions_per_row: int) -> Iterator[None]:
-        """Inside the context the UNet takes condition vectors ``[R * n, 1, D]`` instead of tokens ``[R * n, 77, D]``."""
+        """Inside the context the UNet takes vectors ``[R * n, 1, D]`` in place of tokens ``[R * n, 77, D]``."""
         self.active, self.conditions_per_row = True, conditions_per_row
         try:
             yield

@@ -1,8 +1,8 @@
 """Batched views of images, on the device, in pixel space [0, 1], before normalisation.
 
-Augmenting comes before normalising: colour operations clamp to [0, 1], which would destroy normalised pixels. Every sample has
-factors of its own, drawn on the CPU by `draw_view_params` and applied to the whole batch at once by `augment`: no loop
-over samples and nothing that makes the host wait for the device.
+Augmenting comes before normalising: colour operations clamp to [0, 1], which would destroy normalised pixels. Every
+sample has factors of its own, drawn on the CPU by `draw_view_params` and applied to the whole batch at once by
+`augment`: no loop over samples and nothing that makes the host wait for the device.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class ViewConfig:
         hue: shift drawn from [-hue, hue], as a part of the colour circle, at most 0.5.
         crop_scale: area of the crop relative to the image.
         crop_ratio: width : height of the crop.
-        horizontal_flip: probability. 0 by default: pulling a picture and its mirror image together erases orientation, which
-            is one of the things a better tower should see.
+        horizontal_flip: probability. 0 by default: pulling a picture and its mirror image together erases orientation,
+            which is one of the things a better tower should see.
         vertical_flip: probability, 0 by default for the same reason.
     """
 
@@ -132,9 +132,9 @@ def _crop_size(config: ViewConfig, attempts: Tensor) -> Tensor:
 def augment(images: Tensor, params: Tensor) -> Tensor:
     """Makes one view of each image: brightness, contrast, saturation, hue, crop and resize, flips, in this order.
 
-    The order is fixed, where torchvision's ColorJitter shuffles it: that would cost a batch per order and adds little at such factors.
-    The crop is bicubic without antialiasing, which needs a crop scale near 1 (shrinking is out of the question, as
-    the output has the size of the input). Neutral parameters return the input bit for bit.
+    The order is fixed, where torchvision's ColorJitter shuffles it: a batch would fall apart into one part per order.
+    The crop is bicubic without antialiasing: the box is never larger than the output, so nothing shrinks. Neutral
+    parameters return the input bit for bit.
 
     Args:
         images: [B, 3, H, W] float in [0, 1].

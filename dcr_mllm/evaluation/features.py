@@ -152,9 +152,10 @@ class DualEncoder:
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """[N, D] L2-normalised text embeddings."""
         max_length = self.text_config.max_position_embeddings
+        unique = list(dict.fromkeys(texts))  # statements repeat, at least in drawn sets
         embeddings, num_cut = [], 0
-        for start in range(0, len(texts), self.batch_size):
-            batch = list(texts[start : start + self.batch_size])
+        for start in range(0, len(unique), self.batch_size):
+            batch = unique[start : start + self.batch_size]
             encoded = self._tokenizer(
                 batch,
                 padding="max_length" if self.kind.pad_to_max_length else True,
@@ -169,8 +170,9 @@ class DualEncoder:
             pooled = self._model.get_text_features(**inputs).pooler_output
             embeddings.append(normalize(pooled, dim=-1).cpu().numpy())
         if num_cut:
-            logger.warning("%s: %d of %d texts are cut at %d tokens.", self.path, num_cut, len(texts), max_length)
-        return np.concatenate(embeddings)
+            logger.warning("%s: %d of %d texts are cut at %d tokens.", self.path, num_cut, len(unique), max_length)
+        row = {text: index for index, text in enumerate(unique)}
+        return np.concatenate(embeddings)[[row[text] for text in texts]]
 
     def _pixel_batches(self, files: Sequence[Path]) -> Iterator[Tensor]:
         for start in range(0, len(files), self.batch_size):

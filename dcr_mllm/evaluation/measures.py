@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from dcr_mllm.evaluation.statistics import mean_and_std
 
+_SMALL = 4_000_000
 CLUSTER_SCORES = ("nmi", "acc", "ari")
+
+
+def _threads(features: np.ndarray) -> AbstractContextManager:
+    """One thread for small problems: waiting for the others at each tiny step costs far more than they help."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1) if features.size < _SMALL else nullcontext()
 
 
 def l2_normalise(features: np.ndarray) -> np.ndarray:
@@ -94,10 +103,10 @@ def probe_correct(
     if len(np.unique(train_truth)) < 2:
         return test_truth == train_truth[0]
     scaler = StandardScaler().fit(train)
-    with warnings.catch_warnings():
+    model = LogisticRegression(C=strength, max_iter=max_iterations, tol=1e-3)
+    with warnings.catch_warnings(), _threads(train):
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(C=strength, max_iter=max_iterations).fit(scaler.transform(train), train_truth)
-    return model.predict(scaler.transform(test)) == test_truth
+        return model.fit(scaler.transform(train), train_truth).predict(scaler.transform(test)) == test_truth
 
 
 def cluster(features: np.ndarray, num_clusters: int, seeds: Sequence[int], num_starts: int = 4) -> np.ndarray:
@@ -114,8 +123,9 @@ def cluster(features: np.ndarray, num_clusters: int, seeds: Sequence[int], num_s
     from sklearn.cluster import KMeans
 
     normalised = l2_normalise(features)
-    runs = [KMeans(num_clusters, n_init=num_starts, random_state=seed).fit(normalised).labels_ for seed in seeds]
-    return np.stack(runs)
+    with _threads(features):
+        runs = [KMeans(num_clusters, n_init=num_starts, random_state=seed).fit(normalised) for seed in seeds]
+    return np.stack([run.labels_ for run in runs])
 
 
 def clustering_scores(truth: np.ndarray, clusters: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:

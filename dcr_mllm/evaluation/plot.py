@@ -111,20 +111,13 @@ def _plot_drift(axes: Any, result: dict) -> None:
             axes.plot([], [], style, color="black", label=name)
     for name in drifts if len(drifts) > 1 else ():
         axes.plot([], [], "-", color=_colours(result)[name], label=name)
-    for layer in {drift["llava_layer"] for drift in drifts.values()}:
-        axes.axvline(layer, color="0.6", linewidth=6, alpha=0.35, zorder=0)
-        axes.annotate(
-            "LLaVA reads\nhidden_states[-2]",
-            (layer, 0.02),
-            xycoords=("data", "axes fraction"),
-            xytext=(-6, 0),
-            textcoords="offset points",
-            ha="right",
-        )
+    for index, layer in enumerate({drift["llava_layer"] for drift in drifts.values()}):
+        name = None if index else "read by LLaVA (hidden_states[-2])"
+        axes.axvline(layer, color="0.6", linewidth=7, alpha=0.4, zorder=0, label=name)
     axes.set_ylim(lowest - 0.05 * (1 - lowest) - 0.001, 1 + 0.05 * (1 - lowest))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("layer (0 = input of the first block)")
     axes.set_ylabel("1 = unchanged")
     axes.set_title("Drift against the baseline")
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, ncols=4)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, ncols=3)

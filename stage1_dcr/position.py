@@ -1,0 +1,104 @@
+"""Where an image stream is: small enough for a line of JSON, exact enough to go on with the very next sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dcr_mllm.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Cursor:
+    """The place of one consumer.
+
+    Attributes:
+        epoch: counts passes over the data.
+        shard: position in the epoch's shard list where the current block starts.
+        offset: index in that shard where the current block starts.
+        block: number of the current block in its epoch.
+        done: how many samples of the block have been dealt with, in shuffled order.
+        seen: samples dealt with since the start of training.
+        skipped: those among them that were broken.
+    """
+
+    epoch: int = 0
+    shard: int = 0
+    offset: int = 0
+    block: int = 0
+    done: int = 0
+    seen: int = 0
+    skipped: int = 0
+
+    def to_list(self) -> list[int]:
+        """All fields in order."""
+        return list(vars(self).values())
+
+    @classmethod
+    def from_list(cls, values: Sequence[int]) -> Cursor:
+        """The inverse of `to_list`."""
+        return cls(**dict(zip(cls.__dataclass_fields__, map(int, values), strict=True)))
+
+
+@dataclass(kw_only=True)
+class StreamPosition:
+    """How far one rank has come: counted when the training loop consumes a batch, not when a worker prefetches it.
+
+    Attributes:
+        identity: what the order of the stream depends on; a restart must agree with it.
+        batches: consumed by this rank.
+        cursors: worker -> place after its last consumed batch.
+    """
+
+    identity: dict[str, Any] = field(default_factory=dict)
+    batches: int = 0
+    cursors: dict[int, Cursor] = field(default_factory=dict)
+
+    def update(self, batch: Mapping[str, Any]) -> None:
+        """Notes that `batch` has been consumed. Batches must come in the order of the loader."""
+        worker, *cursor = batch["cursor"]
+        self.cursors[int(worker)] = Cursor.from_list(cursor)
+        self.batches += 1
+
+    @property
+    def seen(self) -> int:
+        """Samples that this rank has dealt with, the broken ones included."""
+        return sum(cursor.seen for cursor in self.cursors.values())
+
+    @property
+    def skipped(self) -> int:
+        """Broken images and shards that this rank has skipped."""
+        return sum(cursor.skipped for cursor in self.cursors.values())
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the foremost worker has reached."""
+        return max((cursor.epoch for cursor in self.cursors.values()), default=0)
+
+    def copy(self) -> StreamPosition:
+        """A copy that later updates leave alone."""
+        return StreamPosition.from_json(self.to_json())
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        cursors = {str(worker): cursor.to_list() for worker, cursor in sorted(self.cursors.items())}
+        return json.dumps({"identity": self.identity, "batches": self.batches, "cursors": cursors})
+
+    @classmethod
+    def from_json(cls, text: str) -> StreamPosition:
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        cursors = {int(worker): Cursor.from_list(cursor) for worker, cursor in values["cursors"].items()}
+        return cls(identity=values["identity"], batches=values["batches"], cursors=cursors)
+
+    def bind(self, identity: dict[str, Any]) -> None:
+        """Takes over the identity of a new stream, or makes sure that a saved one is the same."""
+        if not self.identity:
+            self.identity = dict(identity)
+        names = sorted(self.identity.keys() | identity.keys())
+        wrong = [n for n in names if self.identity.get(n) != identity.get(n)]
+        if wrong:
+            differences = ", ".join(f"{n} was {self.identity.get(n)} and is {identity.get(n)}" for n in wrong)
+            raise UserError(f"the image stream cannot go on where it was: {differences}; undo this or start a new run")

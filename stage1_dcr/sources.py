@@ -1,0 +1,241 @@
+"""From what a person writes under `data` to a list of shards: patterns, directories, URLs, dataset names."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dcr_mllm.errors import UserError
+from stage1_dcr.shards import (
+    IMAGE_EXTENSIONS,
+    FolderShard,
+    HubShard,
+    ParquetShard,
+    SavedRowsShard,
+    Shard,
+    TarShard,
+    hub_dataset,
+    saved_dataset,
+)
+
+_TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz")
+_FILES_PER_SHARD = 64
+_ROWS_PER_SHARD = 256
+_PROBED_SHARDS = 8
+_PROBED_ENTRIES = 1000
+
+
+@dataclass(kw_only=True, frozen=True)
+class Source:
+    """All shards of the data in a fixed order, and a fingerprint over their names and sizes."""
+
+    shards: tuple[Shard, ...]
+    fingerprint: str
+    description: str
+
+
+def open_source(data: str | os.PathLike[str] | Sequence[str] | Source) -> Source:
+    """Lists the shards of the data and makes sure that there are images; reads at most a few entries.
+
+    Args:
+        data: one of these or a list of them: WebDataset tars (`dir/*.tar`, `dir/{00000..00331}.tar`, a directory of
+            tars, fsspec URLs), a folder of images (recursive), Parquet files or a folder of them, the directory of a
+            dataset saved by `save_to_disk`, `hf:NAME[:SPLIT]`.
+
+    Raises:
+        UserError: nothing there, or nothing that is an image.
+    """
+    if isinstance(data, Source):
+        return data
+    specs = [str(data)] if isinstance(data, (str, os.PathLike)) else [str(spec) for spec in data]
+    if not specs or not all(specs):
+        raise UserError("data is empty: name image shards, a folder of images, Parquet files or hf:NAME")
+    shards: list[Shard] = []
+    for number, spec in enumerate(specs):
+        shards += _list_shards(spec, f"{number}:" if len(specs) > 1 else "")
+    what = ", ".join(specs)
+    _probe(shards, what)
+    digest = hashlib.sha256("".join(f"{shard.name}\t{shard.size}\n" for shard in shards).encode()).hexdigest()
+    return Source(shards=tuple(shards), fingerprint=digest, description=f"{what} ({len(shards)} shards)")
+
+
+def fingerprint(data: str | os.PathLike[str] | Sequence[str]) -> str:
+    """SHA-256 over the names (relative to the source, so that data may move) and sizes of all shards."""
+    return open_source(data).fingerprint
+
+
+def _probe(shards: Sequence[Shard], what: str) -> None:
+    """Refuses data in which no image is found near the beginning of the first shards."""
+    problem = ""
+    for shard in shards[:_PROBED_SHARDS]:
+        for entry in itertools.islice(shard.samples(lambda index: index < _PROBED_ENTRIES), _PROBED_ENTRIES):
+            if entry.data:
+                return
+            problem = f" ({entry.key}: {entry.problem})"
+    raise UserError(
+        f"no image found in {what}{problem}; images are files or tar members KEY.EXT with EXT one of "
+        f"{', '.join(sorted(IMAGE_EXTENSIONS))}, or rows of an image column"
+    )
+
+
+def _list_shards(spec: str, prefix: str) -> list[Shard]:
+    if spec.startswith("hf:"):
+        return _list_hub(spec, prefix)
+    path = os.path.expanduser(spec)
+    if os.path.isdir(path):
+        return _list_directory(path, prefix)
+    patterns = [path] if os.path.exists(path) else expand_braces(path)
+    return [shard for pattern in patterns for shard in _list_files(pattern, spec, prefix)]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expands `{00..12}` (zero padded as written) and `{a,b}`, all combinations, from left to right."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, words = match.groups()
+    if words is not None:
+        parts = words.split(",")
+    else:
+        parts = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+        if not parts:
+            raise UserError(f"{pattern}: the range {first}..{last} runs backwards")
+    head, tails = pattern[: match.start()], expand_braces(pattern[match.end() :])
+    return [head + part + tail for part in parts for tail in tails]
+
+
+def _list_files(pattern: str, spec: str, prefix: str) -> list[Shard]:
+    """Shards of a pattern or path without braces, local or an fsspec URL."""
+    import fsspec
+
+    remote = "://" in pattern
+    try:
+        if not remote and os.path.exists(pattern):  # a literal name may hold the magic characters of a pattern
+            files = [_local_file(pattern)]
+        else:
+            files = sorted(fsspec.open_files(pattern, "rb"), key=lambda file: file.path)
+        sizes = [int(file.fs.info(file.path).get("size") or -1) for file in files]
+    except FileNotFoundError:
+        files = []
+    except (ImportError, ValueError) as error:
+        raise UserError(f"data {spec} cannot be opened: {error}") from None
+    if not files:
+        hint = "" if pattern == spec else f" (from {spec})"
+        raise UserError(f"no data at {pattern}{hint}: check the path; patterns are DIR/*.tar or DIR/{{000..331}}.tar")
+    # Names are relative to the part of the pattern that is fixed, so that they are the same on another machine.
+    fixed = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0] if len(files) > 1 else ""
+    root = fixed if remote else os.path.abspath(fixed or ".")
+    shards: list[Shard] = []
+    for file, size in zip(files, sizes, strict=True):
+        location = f"{pattern.split('://')[0]}://{file.path}" if remote else file.path
+        name = location.removeprefix(root).lstrip("/") if fixed else os.path.basename(location)
+        shards.append(_file_shard(file, prefix + name, location, size))
+    return shards
+
+
+def _local_file(path: str) -> Any:
+    import fsspec
+
+    return fsspec.core.OpenFile(fsspec.filesystem("file"), os.path.abspath(path))
+
+
+def _file_shard(file: Any, name: str, location: str, size: int) -> TarShard | ParquetShard:
+    kind = _kind(location)
+    if kind not in ("tar", "parquet"):
+        raise UserError(f"data {location} is neither a tar nor a Parquet file; name a folder to read single images")
+    make = TarShard if kind == "tar" else ParquetShard
+    return make(name=name, file=file, location=location, size=size)
+
+
+def _kind(name: str) -> str:
+    lowered = name.lower()
+    if lowered.endswith(_TAR_EXTENSIONS):
+        return "tar"
+    extension = lowered.rpartition(".")[2]
+    return "parquet" if extension == "parquet" else "image" if extension in IMAGE_EXTENSIONS else ""
+
+
+def _list_directory(path: str, prefix: str) -> list[Shard]:
+    if any(os.path.exists(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json")):
+        return _list_saved(path, prefix)
+    found: dict[str, dict[str, int]] = {}  # kind -> relative path -> size
+    visited: set[str] = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link back up
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            kind = _kind(name)
+            file = os.path.join(folder, name)
+            if kind and not name.startswith(".") and os.path.isfile(file):
+                found.setdefault(kind, {})[Path(file).relative_to(path).as_posix()] = os.path.getsize(file)
+    if not found:
+        raise UserError(f"{path} holds no images, tars or Parquet files: name a folder that does")
+    if len(found) > 1:
+        kinds = " and ".join(sorted(found))
+        raise UserError(f"{path} holds {kinds} files: say which by a pattern such as {os.path.join(path, '*.tar')}")
+    [(kind, sizes)] = found.items()
+    files = sorted(sizes)
+    if kind != "image":
+        return [
+            _file_shard(_local_file(os.path.join(path, file)), prefix + file, os.path.join(path, file), sizes[file])
+            for file in files
+        ]
+    shards: list[Shard] = []
+    for start in range(0, len(files), _FILES_PER_SHARD):
+        part = tuple(files[start : start + _FILES_PER_SHARD])
+        digest = hashlib.sha256("\n".join(part).encode()).hexdigest()[:16]
+        name = f"{prefix}{start // _FILES_PER_SHARD:06d}-{digest}"
+        size = sum(sizes[file] for file in part)
+        shards.append(FolderShard(name=name, location=path, size=size, files=part, prefix=prefix))
+    return shards
+
+
+def _list_saved(path: str, prefix: str) -> list[Shard]:
+    data, _ = saved_dataset(path)
+    total = len(data)
+    num_bytes = sum(file.stat().st_size for file in Path(path).rglob("*.arrow"))
+    return [
+        SavedRowsShard(
+            name=f"{prefix}rows-{start:08d}-of-{total}-{num_bytes}",
+            location=path,
+            size=min(_ROWS_PER_SHARD, total - start),
+            start=start,
+            stop=min(start + _ROWS_PER_SHARD, total),
+            prefix=prefix,
+        )
+        for start in range(0, total, _ROWS_PER_SHARD)
+    ]
+
+
+def _list_hub(spec: str, prefix: str) -> list[Shard]:
+    name, _, split = spec.removeprefix("hf:").partition(":")
+    split = split or "train"
+    try:
+        data, _ = hub_dataset(name, split)
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client raises many types: no network, missing, gated, unknown split
+        raise UserError(f"data {spec} cannot be opened: {type(error).__name__}: {error}") from error
+    parts = data.num_shards
+    return [
+        HubShard(
+            name=f"{prefix}{name}:{split}:{part:05d}-of-{parts:05d}",
+            location=spec,
+            size=-1,
+            hub=name,
+            split=split,
+            part=part,
+            num_parts=parts,
+        )
+        for part in range(parts)
+    ]
