@@ -6,7 +6,6 @@ A tower is dispatched by its config's `model_type`, never by its name or path.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,8 +179,3 @@ def export_tower(base: str | Path, changed: dict[str, Tensor], out: Path) -> Non
         part.pop("torch_dtype", None)
         part["dtype"] = "float32"
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def is_text_parameter(name: str) -> bool:
-    """Whether a parameter of the full model belongs to the text side or to the joint space's own scalars."""
-    return re.match(r"(text_model\.|text_projection\.|logit_scale|logit_bias)", name) is not None

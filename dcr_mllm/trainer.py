@@ -1,7 +1,7 @@
-"""What both stages add to `transformers.Trainer`: exact streams, checkpoints of what trains, metrics without host syncs.
+"""What both stages add to `transformers.Trainer`: exact streams, slim checkpoints, metrics without host syncs.
 
-- A rank-sharded stream keeps its loader unprepared (a prepared one would give every rank the stream of rank 0) and saves
-  its position per rank, so that a killed run goes on with the very next batch.
+- A rank-sharded stream keeps its loader unprepared (a prepared one would give every rank the stream of rank 0) and
+  saves its position per rank, so that a killed run goes on with the very next batch.
 - A checkpoint holds trainable tensors only, and counts only once its `COMPLETE` marker is written.
 - Metrics add up on the device and are read when they are logged; they go to `metrics.jsonl` and every tracker.
 """
@@ -133,6 +133,10 @@ class StreamTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         return self._loader
 
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Only to the device: the stock method casts floats to DeepSpeed's dtype, and noise must not be rounded."""
+        return {name: value.to(self.args.device, non_blocking=True) for name, value in inputs.items()}
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.position.update(inputs)
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != "cursor"}
@@ -205,7 +209,7 @@ def cut_metrics(file: Path, phase: str, step: int) -> None:
 
 
 def gathered_trainable_state(trainer: Trainer) -> dict[str, Tensor]:
-    """The trained tensors on the CPU in fp32, also where ZeRO 3 has scattered them. A collective: call on every rank."""
+    """The trained tensors on the CPU in fp32, gathered where ZeRO 3 has scattered them: call it on every rank."""
     state = trainable_state(trainer.model)
     parameters = list(state.values())
     context: Callable = _gather(parameters)

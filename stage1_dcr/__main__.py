@@ -2,8 +2,8 @@
 
     bash scripts/stage1.sh [CONFIG] [key=value ...] [--print-config | --dry-run]
 
-CONFIG is a YAML file or the bare name of a shipped config; without one, the miniature runs. Everything is checked before
-anything is loaded. NPROC sets the number of processes; by default there is one per visible GPU.
+CONFIG is a YAML file or the bare name of a shipped config; without one, the miniature runs. Everything is checked
+before anything is loaded. NPROC sets the number of processes; by default there is one per visible GPU.
 """
 
 from __future__ import annotations

@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dcr_mllm.errors import UserError
-from stage1_dcr.views import ViewConfig
+from stage1_dcr.view_config import ViewConfig
 
 
 @dataclass(kw_only=True)
 class Stage1Config:
     """Everything that stage 1 can be told.
 
-    Recipe: the shipped configs of boyuh/DCR@c16d885 (batch 16 x 8 processes x accumulation 2, AdamW, constant schedule).
-    Where a default differs from them, the field says so.
+    Recipe: the shipped configs of boyuh/DCR@c16d885 (batch 16 x 8 processes x accumulation 2, AdamW, constant
+    schedule). Where a default differs from them, the field says so.
     """
 
     run: str = "stage1"
@@ -83,7 +83,8 @@ class Stage1Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on CUDA, fp32 on the CPU."""
     deepspeed: str = "auto"
-    """auto: ZeRO 2 with several processes, none with one. Or none, zero1, zero2, zero3, zero2_offload, zero3_offload, a path."""
+    """auto: ZeRO 2 with several processes, none with one. Or none, zero1, zero2, zero3, zero2_offload, zero3_offload,
+    or the path of a DeepSpeed JSON."""
 
     # Data loading
     num_workers: int = 8
@@ -105,7 +106,15 @@ class Stage1Config:
         for name in ("projector_steps", "tower_steps", "keep_close", "weight_decay", "warmup_steps", "num_workers"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, found {getattr(self, name)}.")
-        for name in ("tau", "accumulation", "lora_rank", "save_every", "log_every", "projector_width", "shuffle_buffer"):
+        for name in (
+            "tau",
+            "accumulation",
+            "lora_rank",
+            "save_every",
+            "log_every",
+            "projector_width",
+            "shuffle_buffer",
+        ):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, found {getattr(self, name)}.")
         if self.batch_size < 2:

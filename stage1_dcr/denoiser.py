@@ -186,7 +186,7 @@ class Denoiser:
             ``[B, C, h, w]``, fp32.
         """
         signal, sigma = self._signal_and_noise(timesteps)
-        return signal.to(latents.dtype) * latents + sigma.to(latents.dtype) * noise.float()
+        return signal * latents.float() + sigma * noise.float()
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the UNet should output for these noisy latents, ``[B, C, h, w]`` in fp32."""

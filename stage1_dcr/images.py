@@ -28,7 +28,8 @@ from dcr_mllm.log import get_logger
 from stage1_dcr.position import Cursor, StreamPosition
 from stage1_dcr.shards import Encoded
 from stage1_dcr.sources import Source, fingerprint, open_source
-from stage1_dcr.views import ViewConfig, check_range, draw_view_params
+from stage1_dcr.view_config import ViewConfig, check_range
+from stage1_dcr.views import draw_view_params
 
 __all__ = ["ImageLoader", "ImageStream", "Source", "StreamPosition", "fingerprint", "make_loader", "open_source"]
 

@@ -30,7 +30,8 @@ class TrainingStep(nn.Module):
     neither shard nor save it.
 
     Args:
-        phase: `projector` trains the projector on the frozen tower, `tower` the tower's LoRA behind the frozen projector.
+        phase: `projector` trains the projector on the frozen tower, `tower` the tower's LoRA behind the frozen
+            projector.
         reference: Frozen copy of the base tower, needed where `config.keep_close` is positive.
     """
 
@@ -118,9 +119,7 @@ class TrainingStep(nn.Module):
         else:
             both = tower_pixels
             features = self._features(both)
-            loss = reconstruction_loss(
-                self._projector()(features), noisy_latents, timesteps, target, denoiser.predict
-            )
+            loss = reconstruction_loss(self._projector()(features), noisy_latents, timesteps, target, denoiser.predict)
             values = {"reconstruction": loss}
         values.pop("loss", None)  # the Trainer logs the sum of all terms itself
 

@@ -61,9 +61,7 @@ class Stage1:
         if self.config.projector is not None:
             return Projector.load(self.config.projector)
         torch.manual_seed(self.config.seed)
-        return Projector(
-            self.tower.width, self.denoiser.cross_attention_dim, hidden_width=self.config.projector_width
-        )
+        return Projector(self.tower.width, self.denoiser.cross_attention_dim, hidden_width=self.config.projector_width)
 
 
 def prepare(stage: Stage1, phase: Phase, projector: Projector) -> TrainingStep:
@@ -128,16 +126,20 @@ def training_arguments(config: Stage1Config, launch: Launch, phase: Phase, direc
     )
 
 
-def run_phase(
-    stage: Stage1, phase: Phase, projector: Projector, run: Run, data: str | list[str]
-) -> dict[str, Tensor]:
+def run_phase(stage: Stage1, phase: Phase, projector: Projector, run: Run, data: str | list[str]) -> dict[str, Tensor]:
     """Train one phase to its end, from its last complete checkpoint if there is one.
 
     Returns:
         The trained tensors by their names in the projector or the tower, fp32 on the CPU.
     """
-    from dcr_mllm.trainer import StreamTrainer, cut_metrics, gathered_trainable_state, keep_trainable_only
-    from dcr_mllm.trainer import last_checkpoint, read_position
+    from dcr_mllm.trainer import (
+        StreamTrainer,
+        cut_metrics,
+        gathered_trainable_state,
+        keep_trainable_only,
+        last_checkpoint,
+        read_position,
+    )
 
     config = stage.config
     directory = run.path / "checkpoints" / phase

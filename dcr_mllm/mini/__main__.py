@@ -1,6 +1,6 @@
 """Build the miniature, or draw its benchmarks.
 
-python -m dcr_mllm.mini build --out DIR [--part tower|denoiser|card|all] [--clip-steps N] [--vae-steps N] [--unet-steps N]
+python -m dcr_mllm.mini build --out DIR [--part tower|denoiser|card|all] [--clip-steps N] [--vae-steps N] ...
 python -m dcr_mllm.mini benchmarks --out DIR [--split test|validation] [--pairs-per-pattern 100]
 """
 

@@ -40,9 +40,10 @@ def write_card(out: Path) -> dict:
     """Measure what was built and write `card.json`, `README.md` and `samples.png` beside it."""
     quality = {**tower_quality(out / "tower"), **denoiser_quality(out / "denoiser")}
     curves = {path.stem: json.loads(path.read_text()) for path in sorted((out / "curves").glob("*.json"))}
+    steps = {name: curve["steps"] for name, curve in curves.items()}
     card = {
         "data": "scenes drawn by dcr_mllm.mini.world, training split, a fresh one at every step",
-        "steps": {name: curve["steps"] for name, curve in curves.items()},
+        "steps": steps,
         "seeds": {name: curve["seed"] for name, curve in curves.items()},
         "quality": quality,
         "curves": {name: curve["curve"] for name, curve in curves.items()},
@@ -51,7 +52,7 @@ def write_card(out: Path) -> dict:
     }
     write_json_atomic(out / "card.json", card)
     samples(out / "denoiser").save(out / "samples.png")
-    (out / "README.md").write_text(_README.format(**quality, **{f"{n}_steps": s for n, s in card["steps"].items()}))
+    (out / "README.md").write_text(_README.format(**quality, **{f"{n}_steps": s for n, s in steps.items()}))
     return card
 
 
@@ -66,7 +67,7 @@ def tower_quality(tower: Path, num_images: int = 1920) -> dict[str, float]:
 
 @torch.inference_mode()
 def denoiser_quality(denoiser: Path, num_images: int = 480) -> dict[str, float]:
-    """Reconstruction PSNR of the VAE in dB, and noise error of the UNet with the right, an empty and a wrong caption."""
+    """PSNR of the VAE in dB, and noise error of the UNet with the right, an empty and a wrong caption."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -91,7 +92,9 @@ def denoiser_quality(denoiser: Path, num_images: int = 480) -> dict[str, float]:
     captions = [full_caption(scene, rng) for scene in scenes]
     result = {"psnr": round(float(10 * torch.log10(4 / (decoded - images).pow(2).mean())), 1)}
     for name, texts in (("own", captions), ("empty", [""] * num_images), ("wrong", captions[1:] + captions[:1])):
-        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt").input_ids
+        ids = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+        ).input_ids
         prompt = text_encoder(input_ids=ids).last_hidden_state
         predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, prompt).sample
         result[f"noise_error_{name}"] = round(float((predicted - noise).pow(2).mean()), 4)

@@ -94,7 +94,7 @@ def _allowed(scene: Scene, split: str) -> bool:
 
 def write_mmvp_vlm(directory: Path, split: str, pairs_per_pattern: int, seed: int = 0) -> None:
     """Draw mini-MMVP-VLM: `Questions.csv` (Question ID, Type, Statement) and `MLLM_VLM Images/<Type>/<id>.jpg`."""
-    rows = []
+    rows: list[tuple] = []
     for attribute, *scenes in _pairs(split, pairs_per_pattern, seed):
         for scene in scenes:
             index = len(rows) + 1
@@ -106,7 +106,7 @@ def write_mmvp_vlm(directory: Path, split: str, pairs_per_pattern: int, seed: in
 def write_mmvp(directory: Path, split: str, pairs_per_pattern: int, seed: int = 0) -> None:
     """Draw mini-MMVP: `Questions.csv` (Index, Question, Options, Correct Answer) and `MMVP Images/<Index>.jpg`."""
     rng = np.random.default_rng(seed)
-    rows = []
+    rows: list[tuple] = []
     for attribute, *scenes in _pairs(split, pairs_per_pattern, seed):
         values = [getattr(scene, attribute) for scene in scenes]
         if rng.random() < 0.5:
@@ -137,7 +137,10 @@ def write_labelled(directory: Path, split: str, num_train: int = 3000, num_test:
             rows.append((name, part, scene.label, *(getattr(scene, attribute) for attribute in ATTRIBUTES)))
     _write_csv(directory / "labels.csv", ("file", "split", "class", *ATTRIBUTES), rows)
     labels = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
-    classes = {"templates": ["a photo of a {}", "a picture of a {}", "an image of a {}"], "classes": {x: x for x in labels}}
+    classes = {
+        "templates": ["a photo of a {}", "a picture of a {}", "an image of a {}"],
+        "classes": {x: x for x in labels},
+    }
     (directory / "classes.json").write_text(json.dumps(classes, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The miniature's CLIP tokenizer: byte-pair merges learned on the world's own captions, in the on-disk layout of CLIP."""
+"""The miniature's CLIP tokenizer: byte-pair merges learned on the world's own captions, in CLIP's on-disk layout."""
 
 from __future__ import annotations
 

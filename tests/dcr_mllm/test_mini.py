@@ -62,7 +62,9 @@ def test_pair_benchmarks_have_the_public_layouts(tmp_path: Path):
     assert list(rows[0]) == ["Question ID", "Type", "Statement"] and len(rows) == 2 * 9 * 15
     for row in rows:
         assert (tmp_path / "vlm" / "MLLM_VLM Images" / row["Type"] / f"{row['Question ID']}.jpg").is_file()
-    assert all(a["Type"] == b["Type"] and a["Statement"] != b["Statement"] for a, b in zip(rows[::2], rows[1::2], strict=True))
+    assert all(
+        a["Type"] == b["Type"] and a["Statement"] != b["Statement"] for a, b in zip(rows[::2], rows[1::2], strict=True)
+    )
 
     data.write_mmvp(tmp_path / "mllm", "test", 15)
     with (tmp_path / "mllm" / "Questions.csv").open() as file:

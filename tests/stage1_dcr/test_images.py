@@ -15,7 +15,8 @@ from PIL import Image
 from dcr_mllm.errors import UserError
 from stage1_dcr.images import StreamPosition, collate, decode, draw_crop, make_loader
 from stage1_dcr.position import Cursor
-from stage1_dcr.views import NUM_VIEW_PARAMS, ViewConfig, draw_view_params
+from stage1_dcr.view_config import ViewConfig
+from stage1_dcr.views import NUM_VIEW_PARAMS, draw_view_params
 from tests.stage1_dcr.image_data import LATENT, assert_same, encode, epoch_keys, keys_of, loader_of, take, write_tars
 
 SHARED = Path(os.environ.get("DCR_MLLM_SHARED", Path(__file__).parents[3] / "shared"))

@@ -7,7 +7,8 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-from stage1_dcr.views import NUM_VIEW_PARAMS, VIEW_PARAMS, ViewConfig, augment, draw_view_params, normalise, resize
+from stage1_dcr.view_config import ViewConfig
+from stage1_dcr.views import NUM_VIEW_PARAMS, VIEW_PARAMS, augment, draw_view_params, normalise, resize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

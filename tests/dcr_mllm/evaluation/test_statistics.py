@@ -88,6 +88,8 @@ def test_resampler_weights_and_means_agree_and_skip_nan():
     assert resampler.means(values) == pytest.approx(expected)
     assert (Resampler(40, num_resamples=60).weights() == weights).all()
     assert (resampler.weights(7) == weights[:7]).all()
+    clustered = Resampler(4, ["a", "b", "a", "b"], num_resamples=20).weights()
+    assert (clustered[:, :2] == clustered[:, 2:]).all() and (clustered.sum(axis=1) == 4).all()
 
 
 def test_seeds_and_items_bootstrap_against_a_plain_loop():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from PIL import Image
 
 from dcr_mllm.errors import UserError
 from dcr_mllm.evaluation.compare import Items, Measured, compare
-from dcr_mllm.evaluation.mmvp_vlm import PATTERNS
+from dcr_mllm.evaluation.features import ImageFeatures
+from dcr_mllm.evaluation.mmvp_vlm import PATTERNS, Pair
 from dcr_mllm.evaluation.table import format_table
-from dcr_mllm.evaluation.tower import evaluate_towers, main, tower_names
+from dcr_mllm.evaluation.tower import _measure_pairs, evaluate_towers, main, tower_names
 from tests.tiny_models import save_tiny_clip, save_tiny_siglip
 
 
@@ -128,6 +130,24 @@ def test_one_tower_alone_and_the_pooled_feature(towers, sets):
         [report["towers"]["base"][key] for report in reports] for key in ("zero_shot", "clustering")
     )
     assert zero_shot[0] == zero_shot[1] and clustering[0] != clustering[1]
+
+
+def test_pairs_meet_their_own_images():
+    class Encoder:
+        """Embeds images and texts as given: the second pair's texts both lie nearest to its first image."""
+
+        def embed_images(self, files, num_token_images):
+            return ImageFeatures(
+                projected=np.array([[9.0, 1], [1, 2], [3, 1], [1, 9]]), pooled=np.zeros(4), tokens=None
+            )
+
+        def embed_texts(self, texts):
+            assert texts == ["a photo of a", "a photo of b"] * 2
+            return np.array([[1.0, 0], [0, 1], [1, 0.2], [1, 0]])
+
+    pair = Pair(pattern=PATTERNS[0], images=(Path("1.jpg"), Path("2.jpg")), statements=("a", "b"))
+    correct, _ = _measure_pairs(Encoder(), [pair, pair], 0)  # type: ignore[arg-type]
+    assert correct.tolist() == [True, False]
 
 
 def test_unequal_patterns_weigh_the_same():
