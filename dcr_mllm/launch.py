@@ -71,6 +71,9 @@ def decide(precision: str, deepspeed: str, shipped: Path) -> Launch:
     import torch
 
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        # Otherwise DeepSpeed, which libraries import by themselves, warns that it has to guess.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     count = num_processes_wanted()
     chosen: Literal["bf16", "fp32"] = (
         "bf16" if precision == "bf16" or (precision == "auto" and device == "cuda") else "fp32"
@@ -87,8 +90,6 @@ def decide(precision: str, deepspeed: str, shipped: Path) -> Launch:
         raise UserError(
             f"deepspeed is {deepspeed!r}: no such file; use auto, none, {', '.join(DEEPSPEED_STAGES)} or a path."
         )
-    if file is not None and device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return Launch(device=device, num_processes=count, precision=chosen, deepspeed=file)
 
 
