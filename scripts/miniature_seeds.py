@@ -1,0 +1,105 @@
+"""Does DCR raise P-Ability on the miniature without costing D-Ability? Several training seeds, one table, one verdict.
+
+    python scripts/miniature_seeds.py [--seeds 0 1 2] [--split test|validation] [--out FILE] [key=value ...]
+
+Runs `mini` once per seed (data order, noise and initialisation vary, the shipped base stays), skips finished runs, and
+measures each tower against the base. The interval of a gain comes from a bootstrap over items and seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcr_mllm.evaluation.statistics import combine_seed_draws, interval, seeds_and_items_bootstrap
+from dcr_mllm.evaluation.tower import evaluate_towers
+from dcr_mllm.headers import resolve_weights
+from dcr_mllm.mini.data import write_benchmarks
+from dcr_mllm.runs import write_json_atomic
+
+MARGIN = -2.0  # points that D-Ability may lose at the lower end of its interval
+
+
+def train(seed: int, name: str, overrides: list[str], runs_dir: Path) -> Path:
+    """Run `mini` with a seed, unless it is finished; returns its tower."""
+    run = f"{name}-seed{seed}"
+    command = [sys.executable, "-m", "stage1_dcr", "mini", f"run={run}", f"runs_dir={runs_dir}", f"seed={seed}"]
+    subprocess.run([*command, "evaluate=false", *overrides], check=True, stdout=sys.stderr, env=dict(os.environ))
+    return runs_dir / run / "tower"
+
+
+def summarise(evaluation: dict[str, Any], names: list[str]) -> tuple[dict[str, Any], str]:
+    """Gains over all seeds with their intervals, and the verdict."""
+    base = evaluation["towers"]["base"]
+    towers = [evaluation["towers"][name] for name in names]
+    items = {
+        "mmvp_vlm": lambda tower: tower["mmvp_vlm"]["pairs"],
+        "zero_shot": lambda tower: tower["zero_shot"]["correct"],
+        "knn": lambda tower: tower["knn"]["correct"],
+    }
+    gains: dict[str, Any] = {}
+    for measure, read in items.items():
+        before = np.array(read(base), dtype=float)
+        deltas = 100 * np.stack([np.array(read(tower), dtype=float) - before for tower in towers])
+        gains[measure] = seeds_and_items_bootstrap(deltas)
+    draws = np.stack([evaluation["comparisons"][name]["measures"]["nmi"]["draws"] for name in names])
+    differences = [evaluation["comparisons"][name]["measures"]["nmi"]["difference"] for name in names]
+    gains["nmi"] = {"mean": float(np.mean(differences)), "interval": interval(combine_seed_draws(draws))}
+
+    pairs = gains["mmvp_vlm"]
+    low, high = pairs["interval"]
+    gained = f"P-Ability {pairs['mean']:+.1f} points [{low:+.1f}, {high:+.1f}] on {len(items['mmvp_vlm'](base))} pairs"
+    word = "raised" if low > 0 else "lowered" if high < 0 else "not detectably changed"
+    lost = [name for name in ("zero_shot", "knn", "nmi") if gains[name]["interval"][0] <= MARGIN]
+    kept = "zero-shot, k-NN and NMI kept within 2 points" if not lost else f"not shown to keep: {', '.join(lost)}"
+    verdict = f"On the miniature, over {len(names)} seeds, P-Ability was {word} ({gained}); {kept}."
+    return gains, verdict
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--name", default="mini", help="runs are called NAME-seedN")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path, help="where the JSON goes; default: standard output only")
+    options = parser.parse_intermixed_args()
+
+    towers: dict[str, str | Path] = {"base": resolve_weights("mini", "tower")}
+    for seed in options.seeds:
+        towers[f"seed {seed}"] = train(seed, options.name, options.overrides, options.runs_dir)
+    benchmarks = write_benchmarks(options.runs_dir / "mini-data" / options.split, options.split)
+    evaluation = evaluate_towers(towers, mmvp_vlm=benchmarks / "mmvp_vlm", labelled=benchmarks / "labelled")
+    names = [name for name in towers if name != "base"]
+    gains, verdict = summarise(evaluation, names)
+    seeds = [
+        {
+            "seed": seed,
+            "measures": {
+                measure: {key: entry[key] for key in ("base", "tower", "difference", "interval")}
+                for measure, entry in evaluation["comparisons"][name]["measures"].items()
+            },
+        }
+        for seed, name in zip(options.seeds, names, strict=True)
+    ]
+    command = " ".join(["python scripts/miniature_seeds.py", *sys.argv[1:]])
+    result = {"command": command, "split": options.split, "seeds": seeds, "gains": gains, "verdict": verdict}
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(options.out, result)
+    for measure, gain in gains.items():
+        print(f"{measure:<10} {gain['mean']:+6.2f}  [{gain['interval'][0]:+.2f}, {gain['interval'][1]:+.2f}]")
+    print(verdict)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
