@@ -76,9 +76,12 @@ def _main(argv: list[str]) -> int:
             print(note)
         print(f"run directory: {run.path} ({run.state})", flush=True)
     if options.dry_run:
-        from stage1_dcr.train import Stage1, trainable_table
+        from stage1_dcr.estimate import time_table, trainable_table
+        from stage1_dcr.train import Stage1
 
-        print(trainable_table(Stage1(config, launch)))
+        stage = Stage1(config, launch)
+        print(trainable_table(stage))
+        print(time_table(stage))
         return 0
 
     if not is_child():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dcr_mllm.headers import denoiser_summary, resolve_weights
+from dcr_mllm.headers import resolve_weights
 from dcr_mllm.launch import Launch, use_single_process_environment
 from dcr_mllm.log import get_logger
 from dcr_mllm.runs import PROVENANCE_FILE, Run, atomic_directory, hash_directory, provenance, write_json_atomic
@@ -270,17 +270,3 @@ def _rank() -> int:
 def _barrier() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-def trainable_table(stage: Stage1) -> str:
-    """What each phase trains: module, tensors, parameters."""
-    lines = [f"{'phase':<10} {'module':<10} {'tensors':>8} {'parameters':>12}"]
-    phases: tuple[Phase, ...] = ("projector", "tower")
-    for phase in phases:
-        module = prepare(stage, phase, stage.new_projector())
-        trained = [p for p in module.parameters() if p.requires_grad]
-        count = sum(p.numel() for p in trained)
-        lines.append(f"{phase:<10} {phase if phase == 'projector' else 'LoRA':<10} {len(trained):>8} {count:>12,}")
-    frozen = denoiser_summary(stage.denoiser_path).num_parameters
-    lines.append(f"{'-':<10} {'denoiser':<10} {'frozen':>8} {frozen:>12,}")
-    return "\n".join(lines)

@@ -1,0 +1,69 @@
+"""What a dry run tells about a run: what trains, and how long it will take on this device."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from dcr_mllm.headers import denoiser_summary
+from stage1_dcr.step import Phase
+from stage1_dcr.train import Stage1, prepare
+
+_REPEATS = 3
+
+
+def trainable_table(stage: Stage1) -> str:
+    """What each phase trains: module, tensors, parameters; and the size of what stays frozen."""
+    lines = [f"{'phase':<10} {'trains':<10} {'tensors':>8} {'parameters':>12}"]
+    phases: tuple[Phase, ...] = ("projector", "tower")
+    for phase in phases:
+        module = prepare(stage, phase, stage.new_projector())
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        count = sum(parameter.numel() for parameter in trained)
+        lines.append(
+            f"{phase:<10} {'projector' if phase == 'projector' else 'LoRA':<10} {len(trained):>8} {count:>12,}"
+        )
+    frozen = denoiser_summary(stage.denoiser_path).num_parameters
+    lines.append(f"{'never':<10} {'UNet':<10} {'':>8} {frozen:>12,}")
+    return "\n".join(lines)
+
+
+def seconds_per_step(stage: Stage1) -> float:
+    """Estimated seconds of an optimizer step: one row of the grid, measured here, times the rows of a step.
+
+    The denoiser is nearly all of the work; tower and data loading come on top.
+    """
+    config, denoiser = stage.config, stage.denoiser
+    device = torch.device(stage.launch.device)
+    denoiser.to(device)
+    latents = torch.randn(1, *stage.latent_shape, device=device)
+    timesteps = torch.full((1,), denoiser.num_train_timesteps // 2, device=device)
+    best = float("inf")
+    for _ in range(_REPEATS):  # the first one warms up
+        conditions = torch.randn(
+            1, config.batch_size + 1, denoiser.cross_attention_dim, device=device, requires_grad=True
+        )
+        started = time.perf_counter()
+        denoiser.predict(latents, timesteps, conditions).float().square().mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best * config.batch_size * config.accumulation
+
+
+def duration(seconds: float) -> str:
+    """A duration for people, such as `7.7 h`."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def time_table(stage: Stage1) -> str:
+    """Estimated time of both phases on this device."""
+    step = seconds_per_step(stage)
+    config = stage.config
+    phases = (("projector", config.projector_steps), ("tower", config.tower_steps))
+    times = ", ".join(f"{phase} phase {steps:,} steps = {duration(step * steps)}" for phase, steps in phases)
+    return f"estimated {step:.2f} s per step on this {stage.launch.device}: {times}"
