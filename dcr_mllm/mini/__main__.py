@@ -1,6 +1,6 @@
 """Build the miniature, or draw its benchmarks.
 
-python -m dcr_mllm.mini build --out DIR [--part tower|denoiser|card|all] [--clip-steps N] [--vae-steps N] ...
+python -m dcr_mllm.mini build --out DIR [--part tower|denoiser|card|all] [--clip-steps N] ...
 python -m dcr_mllm.mini benchmarks --out DIR [--split test|validation] [--pairs-per-pattern 100]
 """
 
@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     build.add_argument("--out", type=Path, required=True, help="folder for tower/, denoiser/ and the card")
     build.add_argument("--part", choices=("tower", "denoiser", "card", "all"), default="all")
     build.add_argument("--clip-steps", type=int)
+    build.add_argument("--detail-steps", type=int)
     build.add_argument("--vae-steps", type=int)
     build.add_argument("--unet-steps", type=int)
     build.add_argument("--seed", type=int, default=0)
@@ -37,7 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     from dcr_mllm.mini import build as builder
 
     if options.part in ("tower", "all"):
-        builder.build_tower(options.out, options.clip_steps or builder.CLIP_STEPS, options.seed)
+        clip_steps, detail_steps = (
+            options.clip_steps or builder.CLIP_STEPS,
+            options.detail_steps or builder.DETAIL_STEPS,
+        )
+        builder.build_tower(options.out, clip_steps, detail_steps, options.seed)
     if options.part in ("denoiser", "all"):
         vae_steps, unet_steps = options.vae_steps or builder.VAE_STEPS, options.unet_steps or builder.UNET_STEPS
         builder.build_denoiser(options.out, vae_steps, unet_steps, options.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from dcr_mllm.log import get_logger
+from dcr_mllm.mini.tokenizer import build_tokenizer
 from dcr_mllm.mini.world import COLOURS, IMAGE_SIZE, KINDS, coarse_caption, draw, random_scene
 
 logger = get_logger(__name__)
@@ -103,21 +105,49 @@ def zero_shot_accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, split: str, n
 
 
 def train_clip(
-    steps: int, seed: int, batch_size: int = 128, learning_rate: float = 1e-3
+    steps: int, detail_steps: int, seed: int, batch_size: int = 128
 ) -> tuple[CLIPModel, CLIPTokenizer, list[dict]]:
-    """Train the mini CLIP by the symmetric contrastive loss.
+    """Train the mini CLIP by the symmetric contrastive loss, in two parts.
+
+    First on captions of which 15 % name a detail: zero-shot accuracy levels off, details are not seen. Then shorter, on
+    captions of which half do, so that the text side learns what its details mean; most pairs stay out of reach.
+
+    Args:
+        steps: Of the first part.
+        detail_steps: Of the second part.
+        seed: Of initialisation and scenes.
+        batch_size: Scenes per step, each drawn afresh.
 
     Returns:
         The model, its tokenizer, and the curve: step, loss, zero-shot accuracy on validation scenes.
     """
-    from dcr_mllm.mini.tokenizer import build_tokenizer
-
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(MAX_LENGTH)
-    model = build_clip(tokenizer).train()
+    model = build_clip(tokenizer)
+    curve = _train_part(model, tokenizer, steps, 0, seed, batch_size, detail_rate=0.15, learning_rate=1e-3)
+    curve += _train_part(
+        model, tokenizer, detail_steps, steps, seed + 1000, batch_size, detail_rate=0.5, learning_rate=5e-4
+    )
+    return model.eval(), tokenizer, curve
+
+
+def _train_part(
+    model: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    steps: int,
+    first_step: int,
+    seed: int,
+    batch_size: int,
+    *,
+    detail_rate: float,
+    learning_rate: float,
+) -> list[dict]:
+    """One part of the training with its own optimizer and schedule; returns its curve."""
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    batches = scene_batches(batch_size, seed, coarse_caption, tokenizer, MAX_LENGTH)
+    caption = functools.partial(coarse_caption, detail_rate=detail_rate)
+    batches = scene_batches(batch_size, seed, caption, tokenizer, MAX_LENGTH)
     curve: list[dict] = []
     losses: list[float] = []
     for step in range(1, steps + 1):
@@ -133,7 +163,7 @@ def train_clip(
         losses.append(loss.item())
         if step % 250 == 0 or step == steps:
             accuracy = zero_shot_accuracy(model, tokenizer, "validation")
-            curve.append({"step": step, "loss": float(np.mean(losses)), "zero_shot": accuracy})
+            curve.append({"step": first_step + step, "loss": float(np.mean(losses)), "zero_shot": accuracy})
             losses.clear()
-            logger.info("clip step %d loss %.3f zero-shot %.3f", step, curve[-1]["loss"], accuracy)
-    return model.eval(), tokenizer, curve
+            logger.info("clip step %d loss %.3f zero-shot %.3f", first_step + step, curve[-1]["loss"], accuracy)
+    return curve

@@ -102,7 +102,7 @@ def test_build_from_nothing(tmp_path: Path):
     from dcr_mllm.headers import denoiser_summary, tower_summary
     from dcr_mllm.mini import build
 
-    build.build_tower(tmp_path, steps=50)
+    build.build_tower(tmp_path, steps=40, detail_steps=10)
     build.build_denoiser(tmp_path, vae_steps=50, unet_steps=50)
     card = build.write_card(tmp_path)
     assert tower_summary(tmp_path / "tower").model_type == "clip"
