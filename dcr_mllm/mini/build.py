@@ -131,6 +131,6 @@ A mini CLIP (`tower/`) and a mini Stable Diffusion (`denoiser/`), trained from n
 | UNet and text encoder | {unet_steps} steps on full captions; noise error {noise_error_own} with the right caption, \
 {noise_error_empty} with none, {noise_error_wrong} with another scene's |
 
-Rebuild: `python -m dcr_mllm.mini build --out DIR` (about an hour and a half of processor time). Steps, seeds, curves, hashes and
-package versions are in `card.json`; `samples.png` shows drawn scenes above and generated ones below.
+Rebuild: `python -m dcr_mllm.mini build --out DIR` (about an hour and a half of processor time). Steps, seeds,
+curves, hashes and package versions are in `card.json`; `samples.png` shows drawn scenes above and generated ones below.
 """
