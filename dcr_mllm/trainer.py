@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -233,8 +232,3 @@ def _remove(directory: Path) -> None:
 
     (directory / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(directory)
-
-
-def local_rank() -> int:
-    """The rank on this node as the launcher set it, 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0"))

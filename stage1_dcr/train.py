@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dcr_mllm.headers import resolve_weights
 from dcr_mllm.launch import Launch, use_single_process_environment
-from dcr_mllm.log import get_logger
+from dcr_mllm.log import get_logger, rank
 from dcr_mllm.runs import PROVENANCE_FILE, Run, atomic_directory, hash_directory, provenance, write_json_atomic
 from dcr_mllm.towers import (
     ImageStatistics,
@@ -203,7 +203,7 @@ def run_stage1(config: Stage1Config, launch: Launch, run: Run, data: str | list[
     Returns:
         Paths of what came out, on every rank.
     """
-    is_main = _rank() == 0
+    is_main = rank() == 0
     projector_dir, tower_dir = run.path / "projector", run.path / "tower"
     results: dict[str, Any] = {}
     stage = Stage1(config, launch)
@@ -259,12 +259,6 @@ def _export(stage: Stage1, state: dict[str, Tensor], run: Run, data: str | list[
         )
         write_json_atomic(temporary / PROVENANCE_FILE, record)
         (temporary / "README.md").write_text(model_card(config, record), encoding="utf-8")
-
-
-def _rank() -> int:
-    from dcr_mllm.log import rank
-
-    return rank()
 
 
 def _barrier() -> None:

@@ -24,6 +24,7 @@ from dcr_mllm.mini.world import (
     contrast_scene,
     draw,
     random_scene,
+    split_of,
     statement,
 )
 from dcr_mllm.runs import atomic_directory
@@ -79,17 +80,11 @@ def _pairs(split: str, pairs_per_pattern: int, seed: int) -> list[tuple[str, Sce
             first = random_scene(rng, split)
             while True:
                 second = contrast_scene(first, attribute, rng)
-                if _allowed(second, split):
+                if split_of(second) == split:
                     break
                 first = random_scene(rng, split)
             pairs.append((attribute, first, second))
     return pairs
-
-
-def _allowed(scene: Scene, split: str) -> bool:
-    from dcr_mllm.mini.world import split_of
-
-    return split_of(scene) == split
 
 
 def write_mmvp_vlm(directory: Path, split: str, pairs_per_pattern: int, seed: int = 0) -> None:
