@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from dcr_mllm.errors import UserError
-
-DEEPSPEED_STAGES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+from dcr_mllm.headers import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +61,11 @@ def decide(precision: str, deepspeed: str, shipped: Path) -> Launch:
 
     Args:
         precision: `auto`, `fp32` or `bf16`.
-        deepspeed: `auto`, `none`, one of DEEPSPEED_STAGES, or the path of a JSON file.
+        deepspeed: `auto`, `none`, the name of a shipped file, or the path of a JSON file.
         shipped: Folder of the shipped DeepSpeed files.
 
     Raises:
-        UserError: For a DeepSpeed file that does not exist.
+        UserError: As `deepspeed_file` does.
     """
     import torch
 
@@ -80,17 +79,28 @@ def decide(precision: str, deepspeed: str, shipped: Path) -> Launch:
     )
     if deepspeed == "auto":
         deepspeed = "zero2" if count > 1 else "none"
-    if deepspeed == "none":
-        file = None
-    elif deepspeed in DEEPSPEED_STAGES:
-        file = shipped / f"{deepspeed}.json"
-    else:
-        file = Path(deepspeed)
-    if file is not None and not file.is_file():
-        raise UserError(
-            f"deepspeed is {deepspeed!r}: no such file; use auto, none, {', '.join(DEEPSPEED_STAGES)} or a path."
-        )
+    file = deepspeed_file(deepspeed, shipped)
     return Launch(device=device, num_processes=count, precision=chosen, deepspeed=file)
+
+
+def deepspeed_file(value: str, shipped: Path) -> Path | None:
+    """The JSON file behind a `deepspeed` setting: a shipped name or a path; None for `auto` and `none`.
+
+    Raises:
+        UserError: No such file, or one that leaves gradients unclipped.
+    """
+    if value in ("auto", "none"):
+        return None
+    names = sorted(path.stem for path in shipped.glob("*.json"))
+    path = shipped / f"{value}.json" if value in names else Path(value).expanduser()
+    if not path.is_file():
+        raise UserError(f"deepspeed is {value!r}, expected auto, none, {', '.join(names)} or the path of a JSON file")
+    # Without the key DeepSpeed does not clip, whatever max_grad_norm says: the Trainer leaves clipping to it.
+    if "gradient_clipping" not in read_json(path):
+        raise UserError(
+            f'{path} does not state gradient_clipping, so nothing would be clipped; add "gradient_clipping": 1.0'
+        )
+    return path
 
 
 def start_processes(num_processes: int, module: str, argv: list[str]) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import sort_checkpoints
 
 from dcr_mllm.errors import UserError
@@ -120,6 +121,8 @@ class StreamTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs, callbacks=[StopOnBadLoss()])
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LossOnTheBar())
         self._loader = loader
         self.position = position
         self.metrics = metrics
@@ -195,6 +198,14 @@ class StopOnBadLoss(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is not None and not torch.isfinite(torch.tensor(loss)):
             raise UserError(f"The loss is {loss} at step {state.global_step}: lower the learning rate or use fp32.")
+
+
+class LossOnTheBar(ProgressCallback):
+    """The stock progress bar with the last loss on it instead of a printed dictionary per log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
 
 
 def cut_metrics(file: Path, phase: str, step: int) -> None:

@@ -1,9 +1,10 @@
 """Does DCR raise P-Ability on the miniature without costing D-Ability? Several training seeds, one table, one verdict.
 
-    python scripts/miniature_seeds.py [--seeds 0 1 2] [--split test|validation] [--out FILE] [key=value ...]
+    python scripts/miniature_seeds.py [--seeds 0 1 2] [--split test|validation] [--jobs N] [--out FILE] [key=value ...]
 
 Runs `mini` once per seed (data order, noise and initialisation vary, the shipped base stays), skips finished runs, and
-measures each tower against the base. The interval of a gain comes from a bootstrap over items and seeds.
+measures each tower against the base. The interval of a gain comes from a bootstrap over items and seeds. JSON goes to
+FILE, a Markdown table and the verdict to standard output.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,20 @@ from dcr_mllm.runs import write_json_atomic
 MARGIN = -2.0  # points that D-Ability may lose at the lower end of its interval
 
 
-def train(seed: int, name: str, overrides: list[str], runs_dir: Path) -> Path:
+def train(seed: int, name: str, overrides: list[str], runs_dir: Path, threads: int) -> Path:
     """Run `mini` with a seed, unless it is finished; returns its tower."""
     run = f"{name}-seed{seed}"
     command = [sys.executable, "-m", "stage1_dcr", "mini", f"run={run}", f"runs_dir={runs_dir}", f"seed={seed}"]
-    subprocess.run([*command, "evaluate=false", *overrides], check=True, stdout=sys.stderr, env=dict(os.environ))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    subprocess.run([*command, "evaluate=false", *overrides], check=True, stdout=sys.stderr, env=environment)
     return runs_dir / run / "tower"
+
+
+def train_all(seeds: list[int], jobs: int, name: str, overrides: list[str], runs_dir: Path) -> list[Path]:
+    """The towers of all seeds, `jobs` runs at a time with an equal share of the processor's cores."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(lambda seed: train(seed, name, overrides, runs_dir, threads), seeds))
 
 
 def summarise(evaluation: dict[str, Any], names: list[str]) -> tuple[dict[str, Any], str]:
@@ -62,7 +72,22 @@ def summarise(evaluation: dict[str, Any], names: list[str]) -> tuple[dict[str, A
     return gains, verdict
 
 
-def main() -> int:
+def markdown(seeds: list[dict[str, Any]], gains: dict[str, Any]) -> str:
+    """The table for people: every measure before and after per seed, and the gain over all seeds."""
+    names = [f"seed {entry['seed']}" for entry in seeds]
+    lines = [f"| measure (%) | base | {' | '.join(names)} | gain, 95 % interval |", f"|---|{'---|' * (len(names) + 2)}"]
+    for measure, entry in seeds[0]["measures"].items():
+        cells = [f"{run['measures'][measure]['tower']:.1f}" for run in seeds]
+        mean = np.mean([run["measures"][measure]["difference"] for run in seeds])
+        gain = f"{mean:+.1f}"
+        if measure in gains:
+            low, high = gains[measure]["interval"]
+            gain += f" [{low:+.1f}, {high:+.1f}]"
+        lines.append(f"| {measure} | {entry['base']:.1f} | {' | '.join(cells)} | {gain} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -70,12 +95,15 @@ def main() -> int:
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--name", default="mini", help="runs are called NAME-seedN")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--out", type=Path, help="where the JSON goes; default: standard output only")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(argv)
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}, expected at least 1")
 
     towers: dict[str, str | Path] = {"base": resolve_weights("mini", "tower")}
-    for seed in options.seeds:
-        towers[f"seed {seed}"] = train(seed, options.name, options.overrides, options.runs_dir)
+    trained = train_all(options.seeds, options.jobs, options.name, options.overrides, options.runs_dir)
+    towers |= {f"seed {seed}": tower for seed, tower in zip(options.seeds, trained, strict=True)}
     benchmarks = write_benchmarks(options.runs_dir / "mini-data" / options.split, options.split)
     evaluation = evaluate_towers(towers, mmvp_vlm=benchmarks / "mmvp_vlm", labelled=benchmarks / "labelled")
     names = [name for name in towers if name != "base"]
@@ -87,17 +115,24 @@ def main() -> int:
                 measure: {key: entry[key] for key in ("base", "tower", "difference", "interval")}
                 for measure, entry in evaluation["comparisons"][name]["measures"].items()
             },
+            "pairs_per_pattern": {
+                pattern: {"base": before["accuracy"], "tower": after["accuracy"]}
+                for (pattern, before), after in zip(
+                    evaluation["towers"]["base"]["mmvp_vlm"]["per_pattern"].items(),
+                    evaluation["towers"][name]["mmvp_vlm"]["per_pattern"].values(),
+                    strict=True,
+                )
+            },
         }
         for seed, name in zip(options.seeds, names, strict=True)
     ]
-    command = " ".join(["python scripts/miniature_seeds.py", *sys.argv[1:]])
+    command = " ".join(["python scripts/miniature_seeds.py", *(sys.argv[1:] if argv is None else argv)])
     result = {"command": command, "split": options.split, "seeds": seeds, "gains": gains, "verdict": verdict}
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(options.out, result)
-    for measure, gain in gains.items():
-        print(f"{measure:<10} {gain['mean']:+6.2f}  [{gain['interval'][0]:+.2f}, {gain['interval'][1]:+.2f}]")
-    print(verdict)
+    print(markdown(seeds, gains))
+    print(f"\n{verdict}")
     return 0
 
 

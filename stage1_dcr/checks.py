@@ -9,7 +9,6 @@ import glob
 import os
 import re
 import tarfile
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,11 @@ from dcr_mllm.headers import (
     resolve_weights,
     tower_summary,
 )
+from dcr_mllm.launch import deepspeed_file
+from stage1_dcr.shards import IMAGE_EXTENSIONS, TAR_EXTENSIONS
+from stage1_dcr.sources import expand_braces
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+IMAGE_SUFFIXES = tuple(f".{extension}" for extension in sorted(IMAGE_EXTENSIONS))
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 DEEPSPEED_DIR = Path(__file__).parent / "configs" / "deepspeed"
@@ -63,7 +64,7 @@ def preflight(config: Any) -> list[str]:
     if config.projector is not None:
         check_projector(config.projector, tower.width, denoiser.cross_attention_dim)
     notes += check_data(config.data)
-    resolve_deepspeed(config.deepspeed)
+    deepspeed_file(config.deepspeed, DEEPSPEED_DIR)
     return notes
 
 
@@ -172,9 +173,7 @@ def check_data(data: str | list[str] | None) -> list[str]:
             paths = expand(pattern)
             if not paths:
                 raise UserError(f"data {pattern!r} matches no file or folder (looked from {os.getcwd()})")
-            named = [
-                text for text in map(os.path.expanduser, _expand_braces(pattern)) if not re.search(r"[*?\[]", text)
-            ]
+            named = [text for text in map(os.path.expanduser, expand_braces(pattern)) if not re.search(r"[*?\[]", text)]
             absent = [text for text in named if not os.path.exists(text)]
             if absent:
                 raise UserError(
@@ -192,49 +191,12 @@ def check_data(data: str | list[str] | None) -> list[str]:
 def expand(pattern: str) -> list[Path]:
     """Existing paths behind a brace pattern (`{000..012}`, `{a,b}`) or a glob, in order and without doubles."""
     found: dict[Path, None] = {}
-    for text in _expand_braces(pattern):
+    for text in expand_braces(pattern):
         text = os.path.expanduser(text)
         # A file whose name holds [ or * is meant literally if it is there.
         matches = [text] if os.path.exists(text) else sorted(glob.glob(text, recursive=True))
         found.update(dict.fromkeys(map(Path, matches)))
     return list(found)
-
-
-def resolve_deepspeed(value: str) -> Path | None:
-    """The JSON file behind a `deepspeed` setting: a shipped name or a path; None for `auto` and `none`.
-
-    Raises:
-        UserError: no such file, or one that leaves gradients unclipped.
-    """
-    if value in ("auto", "none"):
-        return None
-    shipped = sorted(path.stem for path in DEEPSPEED_DIR.glob("*.json"))
-    path = DEEPSPEED_DIR / f"{value}.json" if value in shipped else Path(value).expanduser()
-    if not path.is_file():
-        raise UserError(f"deepspeed is {value!r}, expected auto, none, {', '.join(shipped)} or the path of a JSON file")
-    # Without the key DeepSpeed does not clip, whatever max_grad_norm says: the Trainer leaves clipping to it.
-    if "gradient_clipping" not in read_json(path):
-        raise UserError(
-            f'{path} does not state gradient_clipping, so nothing would be clipped; add "gradient_clipping": 1.0'
-        )
-    return path
-
-
-def _expand_braces(pattern: str) -> Iterator[str]:
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    head, body, tail = pattern[: match.start()], match.group(1), pattern[match.end() :]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", body)
-    if numbers:
-        first, last = numbers.groups()
-        width = len(first) if first.startswith("0") else 0
-        options = [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
-    else:
-        options = body.split(",")
-    for option in options:
-        yield from _expand_braces(head + option + tail)
 
 
 def _any_image(paths: list[Path]) -> bool:
@@ -247,12 +209,12 @@ def _any_image(paths: list[Path]) -> bool:
             inside = list(islice(files, _MAX_FILES))
             if any(file.name.lower().endswith((*IMAGE_SUFFIXES, ".arrow")) for file in inside):
                 return True
-            shards = [file for file in inside if file.name.lower().endswith((*TAR_SUFFIXES, ".parquet"))]
+            shards = [file for file in inside if file.name.lower().endswith((*TAR_EXTENSIONS, ".parquet"))]
             if shards and _any_image(shards[:_MAX_SHARDS]):
                 return True
         elif name.endswith(IMAGE_SUFFIXES):
             return True
-        elif name.endswith(TAR_SUFFIXES):
+        elif name.endswith(TAR_EXTENSIONS):
             inspected += 1
             if _tar_has_image(path):
                 return True

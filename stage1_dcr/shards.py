@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from dcr_mllm.errors import UserError
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm"})
-_TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz")
+TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz")
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")
 
 Wanted = Callable[[int], bool]

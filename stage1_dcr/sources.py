@@ -14,6 +14,7 @@ from typing import Any
 from dcr_mllm.errors import UserError
 from stage1_dcr.shards import (
     IMAGE_EXTENSIONS,
+    TAR_EXTENSIONS,
     FolderShard,
     HubShard,
     ParquetShard,
@@ -24,7 +25,6 @@ from stage1_dcr.shards import (
     saved_dataset,
 )
 
-_TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz")
 _FILES_PER_SHARD = 64
 _ROWS_PER_SHARD = 256
 _PROBED_SHARDS = 8
@@ -155,7 +155,7 @@ def _file_shard(file: Any, name: str, location: str, size: int) -> TarShard | Pa
 
 def _kind(name: str) -> str:
     lowered = name.lower()
-    if lowered.endswith(_TAR_EXTENSIONS):
+    if lowered.endswith(TAR_EXTENSIONS):
         return "tar"
     extension = lowered.rpartition(".")[2]
     return "parquet" if extension == "parquet" else "image" if extension in IMAGE_EXTENSIONS else ""

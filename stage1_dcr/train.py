@@ -206,15 +206,17 @@ def run_stage1(config: Stage1Config, launch: Launch, run: Run, data: str | list[
     is_main = rank() == 0
     projector_dir, tower_dir = run.path / "projector", run.path / "tower"
     results: dict[str, Any] = {}
-    stage = Stage1(config, launch)
-    denoiser_hash = hash_directory(stage.denoiser_path) if is_main else ""
+    projector_left = config.projector_steps > 0 and not projector_dir.is_dir()
+    tower_left = config.tower_steps > 0 and not tower_dir.is_dir()
+    # All or nothing: whatever a later phase needs has to be loaded before the first TrainingArguments.
+    stage = Stage1(config, launch) if projector_left or tower_left else None
 
-    if config.projector_steps > 0 and not projector_dir.is_dir():
-        projector = stage.new_projector()
-        state = run_phase(stage, "projector", projector, run, data)
+    if projector_left:
+        assert stage is not None
+        state = run_phase(stage, "projector", stage.new_projector(), run, data)
         if is_main:
             trained = stage.new_projector()
-            trained.denoiser_hash = denoiser_hash
+            trained.denoiser_hash = hash_directory(stage.denoiser_path)
             with atomic_directory(projector_dir) as temporary:
                 trained.save(temporary, state_dict=state)
         _barrier()
@@ -222,7 +224,8 @@ def run_stage1(config: Stage1Config, launch: Launch, run: Run, data: str | list[
     if source is not None:
         results["projector"] = str(source)
 
-    if config.tower_steps > 0 and not tower_dir.is_dir():
+    if tower_left:
+        assert stage is not None
         assert source is not None, "Stage1Config refuses a tower phase without projector"
         state = run_phase(stage, "tower", Projector.load(source), run, data)
         if is_main:

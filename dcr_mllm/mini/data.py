@@ -10,9 +10,11 @@ import csv
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from dcr_mllm.mini.world import (
@@ -48,17 +50,24 @@ def _jpeg(image: Image.Image, path: Path) -> None:
     image.save(path, quality=95, subsampling=0)
 
 
+def _draw_once(directory: Path, write: Callable[[Path], None]) -> None:
+    """Fill a folder unless it is there; of several runs that want it one draws and the others wait."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory.parent / f".{directory.name}.lock"):
+        if not directory.is_dir():
+            with atomic_directory(directory) as temporary:
+                write(temporary)
+
+
 def write_training_shards(directory: Path, num_images: int = 16_000, num_shards: int = 8, seed: int = 1) -> str:
     """Draw training scenes into WebDataset shards, unless they are there.
 
     Returns:
         The pattern that names them.
     """
-    pattern = str(directory / f"{{00000..{num_shards - 1:05d}}}.tar")
-    if directory.is_dir():
-        return pattern
-    rng = np.random.default_rng(seed)
-    with atomic_directory(directory) as temporary:
+
+    def write(temporary: Path) -> None:
+        rng = np.random.default_rng(seed)
         for shard in range(num_shards):
             with tarfile.open(temporary / f"{shard:05d}.tar", "w") as archive:
                 for index in range(shard, num_images, num_shards):
@@ -68,7 +77,9 @@ def write_training_shards(directory: Path, num_images: int = 16_000, num_shards:
                     entry.size = buffer.tell()
                     buffer.seek(0)
                     archive.addfile(entry, buffer)
-    return pattern
+
+    _draw_once(directory, write)
+    return str(directory / f"{{00000..{num_shards - 1:05d}}}.tar")
 
 
 def _pairs(split: str, pairs_per_pattern: int, seed: int) -> list[tuple[str, Scene, Scene]]:
@@ -141,11 +152,13 @@ def write_labelled(directory: Path, split: str, num_train: int = 3000, num_test:
 
 def write_benchmarks(directory: Path, split: str = "test", pairs_per_pattern: int = 100) -> Path:
     """All tower-level benchmarks of a split, drawn once: `mmvp_vlm/`, `mmvp/`, `labelled/` below the directory."""
-    if not directory.is_dir():
-        with atomic_directory(directory) as temporary:
-            write_mmvp_vlm(temporary / "mmvp_vlm", split, pairs_per_pattern)
-            write_mmvp(temporary / "mmvp", split, pairs_per_pattern)
-            write_labelled(temporary / "labelled", split)
+
+    def write(temporary: Path) -> None:
+        write_mmvp_vlm(temporary / "mmvp_vlm", split, pairs_per_pattern)
+        write_mmvp(temporary / "mmvp", split, pairs_per_pattern)
+        write_labelled(temporary / "labelled", split)
+
+    _draw_once(directory, write)
     return directory
 
 

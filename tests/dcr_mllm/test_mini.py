@@ -109,7 +109,7 @@ def test_build_from_nothing(tmp_path: Path):
     assert denoiser_summary(tmp_path / "denoiser").cross_attention_dim == 128
     assert card["steps"] == {"clip": 50, "vae": 50, "unet": 50}
     assert card["quality"]["zero_shot"] > 100 / 96
-    assert card["quality"]["noise_error_own"] < 1.0
+    assert card["quality"]["error_own"] < 1.0
     assert (tmp_path / "samples.png").is_file() and (tmp_path / "README.md").is_file()
 
 
