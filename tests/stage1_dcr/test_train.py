@@ -120,6 +120,21 @@ def test_run_directory_holds_everything(finished: Path, tiny_clip: Path):
     assert json.loads((finished / "finished.json").read_text())["tower"].endswith("tower")
 
 
+def test_siglip_tower_trains_and_is_exported(settings: dict, tiny_siglip: Path, tmp_path: Path):
+    from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
+
+    tower = run(tmp_path, settings, tower=str(tiny_siglip), projector_steps=2, tower_steps=2) / "tower"
+    SiglipModel.from_pretrained(tower)
+    assert list(AutoImageProcessor.from_pretrained(tower).image_mean) == [0.5] * 3
+    assert len(AutoTokenizer.from_pretrained(tower)) == len(AutoTokenizer.from_pretrained(tiny_siglip))
+    base, new = load_file(tiny_siglip / "model.safetensors"), load_file(tower / "model.safetensors")
+    assert set(base) == set(new)
+    changed = {name for name in base if not torch.equal(base[name].float(), new[name].float())}
+    # Every linear layer of the blocks has moved, the pooling head and the text side have not.
+    layers = {name for name in base if name.startswith("vision_model.encoder.layers.") and base[name].ndim == 2}
+    assert changed == layers
+
+
 def test_checkpoints_hold_what_trains_and_no_more(finished: Path):
     for phase, marker in (("projector", "projector."), ("tower", ".lora_")):
         last = finished / "checkpoints" / phase / f"checkpoint-{NUM_STEPS}"
