@@ -132,6 +132,6 @@ A mini CLIP (`tower/`) and a mini Stable Diffusion (`denoiser/`), trained from n
 | UNet and text encoder | {unet_steps} steps on full captions; error of the velocity {error_own} with the right \
 caption, {error_empty} with none, {error_wrong} with another scene's |
 
-Rebuild: `python -m dcr_mllm.mini build --out DIR` (about an hour and a half of processor time). Steps, seeds,
+Rebuild: `python -m dcr_mllm.mini build --out DIR` (about two hours of processor time). Steps, seeds,
 curves, hashes and package versions are in `card.json`; `samples.png` shows drawn scenes above and generated ones below.
 """
