@@ -58,9 +58,10 @@ def summarise(evaluation: dict[str, Any], names: list[str]) -> tuple[dict[str, A
         before = np.array(read(base), dtype=float)
         deltas = 100 * np.stack([np.array(read(tower), dtype=float) - before for tower in towers])
         gains[measure] = seeds_and_items_bootstrap(deltas)
-    draws = np.stack([evaluation["comparisons"][name]["measures"]["nmi"]["draws"] for name in names])
-    differences = [evaluation["comparisons"][name]["measures"]["nmi"]["difference"] for name in names]
-    gains["nmi"] = {"mean": float(np.mean(differences)), "interval": interval(combine_seed_draws(draws))}
+    for measure in ("probes_mean", "nmi"):  # not a mean over single items, so their draws come with the comparison
+        entries = [evaluation["comparisons"][name]["measures"][measure] for name in names]
+        draws = combine_seed_draws(np.stack([entry["draws"] for entry in entries]))
+        gains[measure] = {"mean": float(np.mean([e["difference"] for e in entries])), "interval": interval(draws)}
 
     pairs = gains["mmvp_vlm"]
     low, high = pairs["interval"]
@@ -68,7 +69,9 @@ def summarise(evaluation: dict[str, Any], names: list[str]) -> tuple[dict[str, A
     word = "raised" if low > 0 else "lowered" if high < 0 else "not detectably changed"
     lost = [name for name in ("zero_shot", "knn", "nmi") if gains[name]["interval"][0] <= MARGIN]
     kept = "zero-shot, k-NN and NMI kept within 2 points" if not lost else f"not shown to keep: {', '.join(lost)}"
-    verdict = f"On the miniature, over {len(names)} seeds, P-Ability was {word} ({gained}); {kept}."
+    probes = gains["probes_mean"]
+    read = f"attribute probes {probes['mean']:+.1f} [{probes['interval'][0]:+.1f}, {probes['interval'][1]:+.1f}]"
+    verdict = f"On the miniature, over {len(names)} seeds, P-Ability was {word} ({gained}; {read}); {kept}."
     return gains, verdict
 
 

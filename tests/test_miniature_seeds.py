@@ -47,7 +47,8 @@ def evaluation(gained: int, lost: int, num_seeds: int = 3) -> dict:
         towers[f"seed {seed}"] = tower(better, worse)
         measures = {"mmvp_vlm": measure(pairs, better), "zero_shot": measure(images, worse)}
         measures["knn"] = measures["zero_shot"]
-        measures["nmi"] = {**measure(images, images), "draws": np.zeros(10_000).tolist()}
+        for name in ("probes_mean", "nmi"):
+            measures[name] = {**measure(images, images), "draws": np.zeros(10_000).tolist()}
         comparisons[f"seed {seed}"] = {"measures": measures}
     return {"towers": towers, "comparisons": comparisons}
 

@@ -81,16 +81,26 @@ def _macro(resampler: Resampler, groups: Sequence[np.ndarray]) -> tuple[float, n
     return value, np.nanmean([resampler.means(group) for group in groups], axis=0)
 
 
-def _paired(resampler: Resampler, base: Sequence[np.ndarray], tower: Sequence[np.ndarray]) -> dict:
-    """Both values, their difference and its interval for one measure made of one or several groups of items."""
+def _paired(
+    resampler: Resampler, base: Sequence[np.ndarray], tower: Sequence[np.ndarray], *, keep_draws: bool = False
+) -> dict:
+    """Both values, their difference and its interval for one measure made of one or several groups of items.
+
+    With `keep_draws` the bootstrap draws too, from which several training seeds can be put together.
+    """
     values = [_macro(resampler, groups)[0] for groups in (base, tower)]
     difference, draws = _macro(resampler, [after - before for before, after in zip(base, tower, strict=True)])
-    return {
+    entry = {
         "base": 100 * values[0],
         "tower": 100 * values[1],
         "difference": 100 * difference,
         "interval": interval(100 * draws),
     }
+    return entry | ({"draws": _rounded(100 * draws)} if keep_draws else {})
+
+
+def _rounded(draws: np.ndarray) -> list[float]:
+    return [round(float(draw), 4) for draw in draws]
 
 
 def _tested(entry: dict, base: np.ndarray, tower: np.ndarray) -> dict:
@@ -123,7 +133,7 @@ def compare(base: Measured, tower: Measured, items: Items) -> dict:
     probes = [name for name in base.correct if name.startswith("probe:")]
     if probes:
         groups = [[measured.correct[name] for name in probes] for measured in (base, tower)]
-        measures["probes_mean"] = _paired(items.image_resampler, *groups)
+        measures["probes_mean"] = _paired(items.image_resampler, *groups, keep_draws=True)
     if base.clusters is not None and tower.clusters is not None:
         before_draws, after_draws = items.cluster_draws(base), items.cluster_draws(tower)
         for score in CLUSTER_SCORES:
@@ -134,7 +144,7 @@ def compare(base: Measured, tower: Measured, items: Items) -> dict:
                 "tower": values[1],
                 "difference": values[1] - values[0],
                 "interval": interval(draws),
-                "draws": [round(float(draw), 4) for draw in draws],
+                "draws": _rounded(draws),
             }
     adjusted = holm({name: entry["p_value"] for name, entry in measures.items() if "p_value" in entry})
     for name, p_value in adjusted.items():
