@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dcr_mllm.cli import run_main
 from dcr_mllm.config import available_configs, load_config, resolve_config_path, to_yaml
 from dcr_mllm.errors import UserError
 from dcr_mllm.launch import decide, is_child, start_processes
@@ -48,12 +49,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Stage1Config]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        return _main(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    arguments = sys.argv[1:] if argv is None else argv
+    return run_main(lambda: _main(arguments))
 
 
 def _main(argv: list[str]) -> int:
