@@ -119,12 +119,11 @@ def main(argv: list[str] | None = None) -> int:
                 for measure, entry in evaluation["comparisons"][name]["measures"].items()
             },
             "pairs_per_pattern": {
-                pattern: {"base": before["accuracy"], "tower": after["accuracy"]}
-                for (pattern, before), after in zip(
-                    evaluation["towers"]["base"]["mmvp_vlm"]["per_pattern"].items(),
-                    evaluation["towers"][name]["mmvp_vlm"]["per_pattern"].values(),
-                    strict=True,
-                )
+                pattern: {
+                    which: evaluation["towers"][tower]["mmvp_vlm"]["per_pattern"][pattern]["accuracy"]
+                    for which, tower in (("base", "base"), ("tower", name))
+                }
+                for pattern in evaluation["towers"]["base"]["mmvp_vlm"]["per_pattern"]
             },
         }
         for seed, name in zip(options.seeds, names, strict=True)

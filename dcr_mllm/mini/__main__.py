@@ -38,10 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     from dcr_mllm.mini import build as builder
 
     if options.part in ("tower", "all"):
-        clip_steps, detail_steps = (
-            options.clip_steps or builder.CLIP_STEPS,
-            options.detail_steps or builder.DETAIL_STEPS,
-        )
+        clip_steps = options.clip_steps or builder.CLIP_STEPS
+        detail_steps = options.detail_steps or builder.DETAIL_STEPS
         builder.build_tower(options.out, clip_steps, detail_steps, options.seed)
     if options.part in ("denoiser", "all"):
         vae_steps, unet_steps = options.vae_steps or builder.VAE_STEPS, options.unet_steps or builder.UNET_STEPS
