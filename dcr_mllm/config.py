@@ -106,7 +106,7 @@ def load_config(
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = value
-        _merge(cls, values, tree, "", COMMAND_LINE, sources)
+        _merge(cls, values, tree, "", COMMAND_LINE, sources, extend=bool(parents))
     try:
         # Strict validation from JSON, not from Python objects: lists may fill tuples and text may fill paths, but no
         # other value is bent into another type.
@@ -210,8 +210,16 @@ def _parse_override(cls: type, key: str, text: str) -> Any:
 
 
 def _merge(
-    cls: type, into: dict[str, Any], new: Mapping[Any, Any], prefix: str, source: str, sources: dict[str, str]
+    cls: type,
+    into: dict[str, Any],
+    new: Mapping[Any, Any],
+    prefix: str,
+    source: str,
+    sources: dict[str, str],
+    *,
+    extend: bool = False,
 ) -> None:
+    """Lays values over others; with `extend`, mappings gain entries (`towers.new=DIR`) instead of being replaced."""
     hints = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     for key, value in new.items():
@@ -224,7 +232,9 @@ def _merge(
         if nested is not None and isinstance(value, dict):
             below = into.get(key)
             into[key] = below = below if isinstance(below, dict) else {}
-            _merge(nested, below, value, f"{dotted}.", source, sources)
+            _merge(nested, below, value, f"{dotted}.", source, sources, extend=extend)
+        elif extend and isinstance(value, dict) and isinstance(into.get(key), dict):
+            into[key] = {**into[key], **value}
         else:
             into[key] = value
 

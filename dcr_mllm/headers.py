@@ -97,12 +97,12 @@ class DenoiserSummary:
     num_parameters: int
 
 
-def resolve_weights(value: str | os.PathLike[str], kind: Literal["tower", "denoiser"]) -> Path:
-    """The local directory behind a `tower` or `denoiser` setting.
+def resolve_weights(value: str | os.PathLike[str], kind: Literal["tower", "denoiser", "llm", "llava"]) -> Path:
+    """The local directory behind a setting that names a model.
 
     Args:
         value: a directory, `mini` for the weights that ship with the package, or a Hugging Face id that was downloaded.
-        kind: which of the two it is.
+        kind: which of them it is.
 
     Raises:
         UserError: there is no such directory, or the id is not in the local cache.
@@ -125,7 +125,7 @@ def resolve_weights(value: str | os.PathLike[str], kind: Literal["tower", "denoi
             f"{kind} directory {text!r} does not exist; give a model directory, a Hugging Face id or 'mini'"
         )
     # Loading goes by directory from here on, so the cache is asked for one file that every such model has.
-    probe = "config.json" if kind == "tower" else "unet/config.json"
+    probe = "unet/config.json" if kind == "denoiser" else "config.json"
     cached = _cached_file(text, probe)
     if cached is None:
         raise UserError(

@@ -11,6 +11,8 @@ from typing import Literal
 from dcr_mllm.errors import UserError
 from dcr_mllm.headers import read_json
 
+DEEPSPEED_DIR = Path(__file__).parent / "deepspeed"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -56,13 +58,12 @@ def num_processes_wanted() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def decide(precision: str, deepspeed: str, shipped: Path) -> Launch:
+def decide(precision: str, deepspeed: str) -> Launch:
     """Devices, processes, precision and ZeRO stage for a config.
 
     Args:
         precision: `auto`, `fp32` or `bf16`.
         deepspeed: `auto`, `none`, the name of a shipped file, or the path of a JSON file.
-        shipped: Folder of the shipped DeepSpeed files.
 
     Raises:
         UserError: As `deepspeed_file` does.
@@ -79,11 +80,11 @@ def decide(precision: str, deepspeed: str, shipped: Path) -> Launch:
     )
     if deepspeed == "auto":
         deepspeed = "zero2" if count > 1 else "none"
-    file = deepspeed_file(deepspeed, shipped)
+    file = deepspeed_file(deepspeed)
     return Launch(device=device, num_processes=count, precision=chosen, deepspeed=file)
 
 
-def deepspeed_file(value: str, shipped: Path) -> Path | None:
+def deepspeed_file(value: str) -> Path | None:
     """The JSON file behind a `deepspeed` setting: a shipped name or a path; None for `auto` and `none`.
 
     Raises:
@@ -91,8 +92,8 @@ def deepspeed_file(value: str, shipped: Path) -> Path | None:
     """
     if value in ("auto", "none"):
         return None
-    names = sorted(path.stem for path in shipped.glob("*.json"))
-    path = shipped / f"{value}.json" if value in names else Path(value).expanduser()
+    names = sorted(path.stem for path in DEEPSPEED_DIR.glob("*.json"))
+    path = DEEPSPEED_DIR / f"{value}.json" if value in names else Path(value).expanduser()
     if not path.is_file():
         raise UserError(f"deepspeed is {value!r}, expected auto, none, {', '.join(names)} or the path of a JSON file")
     # Without the key DeepSpeed does not clip, whatever max_grad_norm says: the Trainer leaves clipping to it.

@@ -179,3 +179,14 @@ def export_tower(base: str | Path, changed: dict[str, Tensor], out: Path) -> Non
         part.pop("torch_dtype", None)
         part["dtype"] = "float32"
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def vision_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The image side's tensors of a tower directory, full model or vision-only, without the prefix `vision_model.`."""
+    tensors: dict[str, Tensor] = {}
+    for source in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(source, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if not name.startswith(("text_model.", "text_projection", "visual_projection", "logit_")):
+                    tensors[name.removeprefix("vision_model.")] = file.get_tensor(name)
+    return tensors

@@ -18,11 +18,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import sort_checkpoints
 
 from dcr_mllm.errors import UserError
+from dcr_mllm.launch import Launch, use_single_process_environment
 from dcr_mllm.log import get_logger
 from dcr_mllm.runs import write_text_atomic
 
@@ -107,6 +108,56 @@ def read_position(checkpoint: Path, rank: int, world_size: int) -> str:
     return (checkpoint / f"stream_rank{rank}.json").read_text()
 
 
+class StageConfig(Protocol):
+    """What the arguments below read from either stage's config."""
+
+    run: str
+    seed: int
+    save_every: int
+    log_every: int
+    report_to: str | list[str]
+
+
+def stage_arguments(
+    config: StageConfig, launch: Launch, phase: str, directory: Path, **specific: Any
+) -> TrainingArguments:
+    """The Trainer's arguments for a phase: what both stages share, and what the phase says.
+
+    Args:
+        config: Of the stage.
+        launch: Devices, precision and DeepSpeed file.
+        phase: Its name, for trackers.
+        directory: Of its checkpoints.
+        specific: Further arguments of `TrainingArguments`: batch, steps, learning rate, schedule, clipping.
+    """
+    if launch.deepspeed is not None:
+        use_single_process_environment()
+    return TrainingArguments(
+        output_dir=str(directory),
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        optim="adamw_torch",
+        bf16=launch.precision == "bf16",
+        use_cpu=launch.device == "cpu",
+        deepspeed=str(launch.deepspeed) if launch.deepspeed else None,
+        logging_steps=config.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would wait for the device at every step
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=None,  # StreamTrainer keeps the last two complete ones
+        report_to=config.report_to,
+        run_name=f"{config.run}-{phase}",
+        seed=config.seed,
+        data_seed=config.seed,
+        remove_unused_columns=False,
+        ignore_data_skip=True,  # the stream itself starts where it stopped
+        ddp_find_unused_parameters=False,
+        **specific,
+    )
+
+
 class StreamTrainer(Trainer):
     """A Trainer on a rank-sharded endless stream; see the module's docstring."""
 
@@ -129,8 +180,8 @@ class StreamTrainer(Trainer):
         self._metrics_file = metrics_file
         self._phase = phase
         self._last_log: tuple[float, int] | None = None
-        # The module's forward takes no loss keywords, and its loss is a mean over the micro-batch.
-        self.model_accepts_loss_kwargs = False
+        # Whether the module's forward takes `num_items_in_batch`; otherwise its loss is a mean over the micro-batch.
+        self.model_accepts_loss_kwargs = getattr(self.model, "accepts_loss_kwargs", False)
 
     def get_train_dataloader(self) -> DataLoader:
         return self._loader

@@ -24,7 +24,7 @@ if missing:
 origin = find_spec("dcr_mllm").origin or ""
 if not origin.startswith(repo + "/"):
     print(f"note: using dcr_mllm as installed in {sys.prefix}, not this checkout", file=sys.stderr)
-' "$REPO" dcr_mllm stage1_dcr torch torchvision transformers diffusers deepspeed peft datasets pydantic yaml \
+' "$REPO" dcr_mllm stage1_dcr stage2_llava torch torchvision transformers diffusers deepspeed peft datasets pydantic yaml \
         ${NEED_MODULES:-}) 2>&1
 }
 

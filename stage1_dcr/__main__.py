@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dcr_mllm.cli import run_main
-from dcr_mllm.config import available_configs, load_config, resolve_config_path, to_yaml
-from dcr_mllm.errors import UserError
+from dcr_mllm.command import parse_stage
+from dcr_mllm.config import to_yaml
 from dcr_mllm.launch import decide, is_child, start_processes
 from dcr_mllm.log import get_logger, rank
 from dcr_mllm.runs import Run, open_run
@@ -29,22 +29,7 @@ logger = get_logger(__name__)
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Stage1Config]:
     """Arguments and the resolved config."""
-    parser = argparse.ArgumentParser(
-        prog="stage1.sh",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"shipped configs: {', '.join(available_configs(CONFIGS))}\nkeys: see --print-config",
-    )
-    parser.add_argument("arguments", nargs="*", metavar="[CONFIG] key=value", help="a config, then overrides")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
-    parser.add_argument("--dry-run", action="store_true", help="check and resolve everything, train nothing")
-    options = parser.parse_intermixed_args(argv)
-    names = [argument for argument in options.arguments if "=" not in argument]
-    overrides = [argument for argument in options.arguments if "=" in argument]
-    if len(names) > 1:
-        raise UserError(f"One config at most, found {' and '.join(names)}; overrides are written key=value.")
-    path = resolve_config_path(names[0] if names else "mini", CONFIGS)
-    return options, load_config(Stage1Config, path, overrides)
+    return parse_stage(argv, Stage1Config, CONFIGS, prog="stage1.sh", description=__doc__)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +51,7 @@ def _main(argv: list[str]) -> int:
         print(f"{run.path} is finished; for another run of the same config give run=NAME.")
         return 0
 
-    launch = decide(config.precision, config.deepspeed, CONFIGS / "deepspeed")
+    launch = decide(config.precision, config.deepspeed)
     if not is_child():
         print(launch.describe(config.batch_size, config.accumulation))
         for note in notes:

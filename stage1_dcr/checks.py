@@ -30,7 +30,6 @@ from stage1_dcr.sources import expand_braces
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in sorted(IMAGE_EXTENSIONS))
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-DEEPSPEED_DIR = Path(__file__).parent / "configs" / "deepspeed"
 
 # Looking further than this into shards without finding an image would break the promise of an answer within seconds.
 _MAX_SHARDS, _MAX_MEMBERS, _MAX_FILES = 20, 200, 100_000
@@ -64,7 +63,7 @@ def preflight(config: Any) -> list[str]:
     if config.projector is not None:
         check_projector(config.projector, tower.width, denoiser.cross_attention_dim)
     notes += check_data(config.data)
-    deepspeed_file(config.deepspeed, DEEPSPEED_DIR)
+    deepspeed_file(config.deepspeed)
     return notes
 
 

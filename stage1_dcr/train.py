@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dcr_mllm.headers import resolve_weights
-from dcr_mllm.launch import Launch, use_single_process_environment
+from dcr_mllm.launch import Launch
 from dcr_mllm.log import get_logger, rank
 from dcr_mllm.runs import PROVENANCE_FILE, Run, atomic_directory, hash_directory, provenance, write_json_atomic
 from dcr_mllm.towers import (
@@ -89,40 +89,21 @@ def prepare(stage: Stage1, phase: Phase, projector: Projector) -> TrainingStep:
 
 def training_arguments(config: Stage1Config, launch: Launch, phase: Phase, directory: Path) -> TrainingArguments:
     """The Trainer's arguments for a phase."""
-    from transformers import TrainingArguments
+    from dcr_mllm.trainer import stage_arguments
 
-    if launch.deepspeed is not None:
-        use_single_process_environment()
-    return TrainingArguments(
-        output_dir=str(directory),
+    return stage_arguments(
+        config,
+        launch,
+        phase,
+        directory,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.projector_learning_rate if phase == "projector" else config.tower_learning_rate,
         max_steps=config.projector_steps if phase == "projector" else config.tower_steps,
         weight_decay=config.weight_decay,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        adam_epsilon=1e-8,
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup_steps,
-        optim="adamw_torch",
-        bf16=launch.precision == "bf16",
-        use_cpu=launch.device == "cpu",
-        deepspeed=str(launch.deepspeed) if launch.deepspeed else None,
-        logging_steps=config.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would wait for the device at every step
-        save_strategy="steps",
-        save_steps=config.save_every,
-        save_total_limit=None,  # StreamTrainer keeps the last two complete ones
-        report_to=config.report_to,
-        run_name=f"{config.run}-{phase}",
-        seed=config.seed,
-        data_seed=config.seed,
-        remove_unused_columns=False,
-        ignore_data_skip=True,  # the stream itself starts where it stopped
-        ddp_find_unused_parameters=False,
     )
 
 

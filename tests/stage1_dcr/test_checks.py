@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from dcr_mllm.errors import UserError
-from dcr_mllm.launch import deepspeed_file
-from stage1_dcr.checks import DEEPSPEED_DIR, check_data, expand, preflight
+from dcr_mllm.launch import DEEPSPEED_DIR, deepspeed_file
+from stage1_dcr.checks import check_data, expand, preflight
 from tests.fake_models import OPENAI_MEAN, OPENAI_STD, write_denoiser, write_json, write_projector, write_tower
 
 
@@ -190,7 +190,7 @@ def test_deepspeed_files_all_state_gradient_clipping(tmp_path: Path) -> None:
     names = {path.stem for path in DEEPSPEED_DIR.glob("*.json")}
     assert names == {"zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"}
     for name in names:
-        path = deepspeed_file(name, DEEPSPEED_DIR)
+        path = deepspeed_file(name)
         assert path is not None
         settings = json.loads(path.read_text())
         assert settings["gradient_clipping"] == 1.0
@@ -201,12 +201,12 @@ def test_deepspeed_files_all_state_gradient_clipping(tmp_path: Path) -> None:
         assert not {"optimizer", "scheduler"} & set(settings)
         if name.startswith("zero3"):
             assert settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
-    assert deepspeed_file("auto", DEEPSPEED_DIR) is None
+    assert deepspeed_file("auto") is None
     with pytest.raises(UserError, match="deepspeed is 'zero4'"):
-        deepspeed_file("zero4", DEEPSPEED_DIR)
+        deepspeed_file("zero4")
     write_json(tmp_path / "own.json", {"zero_optimization": {"stage": 2}})
     with pytest.raises(UserError, match="does not state gradient_clipping"):
-        deepspeed_file(str(tmp_path / "own.json"), DEEPSPEED_DIR)
+        deepspeed_file(str(tmp_path / "own.json"))
 
 
 def test_nothing_heavy_is_imported_and_it_is_quick(config: Config) -> None:

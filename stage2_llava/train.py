@@ -1,0 +1,264 @@
+"""Stage 2 from a checked config to LLaVA directories: for each tower align, instruct, merge.
+
+Every step is a directory: `aligned/` is a LLaVA whose projector has learned to caption, `adapter/` was trained on it
+and loads on it with PEFT, `llava/` is the merge. A killed run goes on behind the last directory that is there, or inside a
+phase from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcr_mllm.conversation import TEMPLATES, Template, choose_template
+from dcr_mllm.headers import resolve_weights
+from dcr_mllm.launch import Launch
+from dcr_mllm.llava import image_processor, load_llava, load_processor
+from dcr_mllm.log import get_logger, rank
+from dcr_mllm.runs import Run, atomic_directory, provenance
+from stage2_llava.assemble import assemble
+from stage2_llava.config import KEEP, InstructConfig, Stage2Config
+from stage2_llava.export import merge, module_hash, save_llava, with_state
+from stage2_llava.phase import PhaseData, barrier, save_adapter, train_phase
+from stage2_llava.swap import swap
+from stage2_llava.tuning import add_adapter, freeze_for_alignment, freeze_for_full_tuning, trainable_table
+
+logger = get_logger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One tower's way through the protocol, in a folder of its own."""
+
+    config: Stage2Config
+    launch: Launch
+    path: Path
+    tower: str
+    data: dict[str, PhaseData]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of frozen weights, and of everything that is written."""
+        return torch.bfloat16 if self.launch.precision == "bf16" else torch.float32
+
+    def record(self, phase: str, facts: dict[str, Any], template: Template, **inputs: Any) -> dict[str, Any]:
+        """Provenance of a directory."""
+        return provenance(
+            self.config,
+            phase=phase,
+            template=template.name,
+            precision=self.launch.precision,
+            num_processes=self.launch.num_processes,
+            **facts,
+            **inputs,
+        )
+
+
+def run_stage2(config: Stage2Config, launch: Launch, run: Run, data: dict[str, PhaseData]) -> dict[str, Any]:
+    """Run what is left of a run, one tower after the other.
+
+    Args:
+        config: Checked by `stage2_llava.checks.preflight`.
+        launch: How it runs.
+        run: Its directory.
+        data: Of every phase.
+
+    Returns:
+        The LLaVA of every tower, on every rank.
+    """
+    results: dict[str, Any] = {}
+    for name, tower in config.towers.items():
+        arm = Arm(config=config, launch=launch, path=run.path / name, tower=tower, data=data)
+        if not (arm.path / "llava").is_dir():
+            if rank() == 0:
+                arm.path.mkdir(parents=True, exist_ok=True)
+            base = starting_llava(arm)
+            if config.protocol != "swap":
+                instruct(arm, base)
+        results[name] = {"llava": str(arm.path / "llava"), "metrics": str(arm.path / "metrics.jsonl")}
+    return results
+
+
+def starting_llava(arm: Arm) -> Path:
+    """The LLaVA that the instruct phase starts from: aligned here, or given and with this tower in it."""
+    config = arm.config
+    if config.protocol == "recipe":
+        if not (arm.path / "aligned").is_dir():
+            align(arm)
+        return arm.path / "aligned"
+    llava = resolve_weights(config.llava or "", "llava")
+    if arm.tower == KEEP:
+        tower = llava
+        if config.protocol == "instruct-only":
+            return llava
+    else:
+        tower = resolve_weights(arm.tower, "tower")
+    out = arm.path / ("llava" if config.protocol == "swap" else "swapped")
+    if rank() == 0 and not out.is_dir():
+        swap(llava, tower, out, legacy_keys=config.legacy_keys and config.protocol == "swap")
+    barrier()
+    return out
+
+
+def align(arm: Arm) -> None:
+    """Train the projector between a tower and a language model; writes `aligned/`."""
+    config = arm.config
+    llm, tower = resolve_weights(config.llm or "", "llm"), resolve_weights(arm.tower, "tower")
+
+    def assembled() -> tuple[Any, Any, Template]:
+        load_whole()
+        return assemble(
+            tower,
+            llm,
+            template=config.template,
+            vision_feature_layer=config.vision_feature_layer,
+            seed=config.seed,
+            dtype=arm.dtype,
+        )
+
+    model, processor, _ = assembled()
+    tower_before = module_hash(model.model.vision_tower)
+    processor.image_processor = image_processor(tower, config.align.image_aspect_ratio)
+    trained = train_phase(
+        config,
+        arm.launch,
+        "align",
+        config.align,
+        model=freeze_for_alignment(model),
+        processor=processor,
+        template=TEMPLATES["plain"],
+        data=arm.data["align"],
+        arm=arm.path,
+    )
+    if rank() == 0:
+        # Afresh: ZeRO 3 has taken the trained one apart.
+        del model
+        gc.collect()
+        model, processor, template = assembled()
+        with_state(model, trained.state)
+        tower_after = module_hash(model.model.vision_tower)
+        if tower_before != tower_after:
+            raise RuntimeError("the vision tower changed during alignment; nothing was written")
+        record = arm.record("align", trained.facts, template, llm=llm, tower=tower)
+        with atomic_directory(arm.path / "aligned") as temporary:
+            save_llava(model, processor, temporary, {**record, "tower_parameters_sha256": tower_after})
+    barrier()
+
+
+def instruct(arm: Arm, base: Path) -> None:
+    """Train language model and projector on instructions; writes `adapter/` (not for full tuning) and `llava/`."""
+    config, phase, adapter = arm.config, arm.config.instruct, arm.path / "adapter"
+    load_whole()
+    processor = load_processor(base)
+    template = template_of(processor, config.template)
+    if processor.image_processor.do_pad != (phase.image_aspect_ratio == "pad"):
+        processor.image_processor.do_pad = phase.image_aspect_ratio == "pad"
+
+    def train(model: nn.Module) -> Any:
+        return train_phase(
+            config,
+            arm.launch,
+            "instruct",
+            phase,
+            model=model,
+            processor=processor,
+            template=template,
+            data=arm.data["instruct"],
+            arm=arm.path,
+        )
+
+    if phase.tuning == "full":
+        trained = train(freeze_for_full_tuning(load_llava(base, arm.dtype)))
+        if rank() == 0:
+            load_whole()
+            model = with_state(load_llava(base, arm.dtype), trained.state)
+            record = arm.record("instruct", trained.facts, template, base=base)
+            with atomic_directory(arm.path / "llava") as temporary:
+                save_llava(model, processor, temporary, record, legacy_keys=config.legacy_keys)
+    else:
+        if not adapter.is_dir():
+            model = add_adapter(load_llava(base, arm.dtype, **quantised(phase, arm.dtype)), phase, str(base))
+            trained = train(model)
+            if rank() == 0:
+                with atomic_directory(adapter) as temporary:
+                    save_adapter(model, trained.state, temporary)
+        if rank() == 0:
+            load_whole()
+            data = {"path": arm.data["instruct"].files, "sha256": arm.data["instruct"].load(config).fingerprint()}
+            record = arm.record("instruct", {"data": data}, template)
+            llava = arm.path / "llava"
+            merge(base, adapter, llava, record, processor=processor, dtype=arm.dtype, legacy_keys=config.legacy_keys)
+    barrier()
+
+
+def quantised(phase: InstructConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Loading arguments of QLoRA: four bits for the language model's blocks only; none otherwise."""
+    if phase.tuning != "qlora":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+    )
+    return {"quantization_config": config}
+
+
+def template_of(processor: Any, name: str) -> Template:
+    """The template of a saved LLaVA: the one it was trained with if we wrote it, else what `choose_template` says."""
+    known = [template for template in TEMPLATES.values() if template.jinja == processor.chat_template]
+    if known and name in ("auto", known[0].name):
+        return known[0]
+    tokenizer = processor.tokenizer
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processor.chat_template
+    template = choose_template(name, tokenizer)
+    processor.chat_template = template.jinja
+    return template
+
+
+def load_whole() -> None:
+    """From here on models are loaded whole: with DeepSpeed's config known, ZeRO 3 would leave them empty."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def phase_tables(config: Stage2Config) -> str:
+    """What would train in each phase of the first tower, without loading any weights."""
+    tables = []
+    for name, _ in config.phases():
+        with torch.device("meta"):
+            model = _empty_llava(config)
+        if name == "align":
+            freeze_for_alignment(model)
+        elif config.instruct.tuning == "full":
+            freeze_for_full_tuning(model)
+        else:
+            model = add_adapter(model, config.instruct, str(config.llava or config.llm))
+        tables.append(trainable_table(model, name))
+    return "\n".join(tables)
+
+
+def _empty_llava(config: Stage2Config) -> nn.Module:
+    from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    if config.llava is not None:
+        return LlavaForConditionalGeneration(AutoConfig.from_pretrained(resolve_weights(config.llava, "llava")))
+    tower: Any = AutoConfig.from_pretrained(resolve_weights(next(iter(config.towers.values())), "tower"))
+    text = AutoConfig.from_pretrained(resolve_weights(config.llm or "", "llm"))
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=getattr(tower, "vision_config", tower),
+            text_config=text,
+            tie_word_embeddings=text.tie_word_embeddings,
+        )
+    )
