@@ -11,6 +11,7 @@ from typing import Literal
 from dcr_mllm.errors import UserError
 from dcr_mllm.headers import read_json
 
+_ANNOUNCED = "DCR_MLLM_ANNOUNCED"
 DEEPSPEED_DIR = Path(__file__).parent / "deepspeed"
 
 
@@ -43,6 +44,11 @@ class Launch:
 def is_child() -> bool:
     """Whether a launcher (torchrun, deepspeed) has started this process."""
     return "LOCAL_RANK" in os.environ
+
+
+def announces() -> bool:
+    """Whether this process says what was decided: the one that a person started, or rank 0 of their own torchrun."""
+    return not is_child() or (_ANNOUNCED not in os.environ and os.environ.get("RANK", "0") == "0")
 
 
 def num_processes_wanted() -> int:
@@ -110,6 +116,7 @@ def start_processes(num_processes: int, module: str, argv: list[str]) -> None:
         return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    os.environ[_ANNOUNCED] = "1"
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [*command, "-m", module, *argv])

@@ -21,22 +21,19 @@ is ``time_ratio`` in processor time, which says more where the machine has other
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
+
+from scripts.measuring import PeakMemory, give_memory_back, machine, timed  # noqa: E402
 
 SIZE, TOKENS, WIDTH = 28, 77, 256
 CHANNELS, HEADS = (32, 64, 128, 128), (1, 2, 4, 4)
@@ -98,7 +95,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "rowwise_bytes_per_image": {str(row["batch_size"]): row["memory_bytes"] // row["batch_size"] for row in table},
         "unet": {"channels": CHANNELS, "cross_attention_dim": WIDTH, "parameters": dense["parameters"]},
         "latents": [4, SIZE, SIZE],
-        "machine": machine(dense),
+        "machine": {**machine(), **{key: dense[key] for key in ("threads", "torch", "diffusers")}},
         "total_seconds": time.perf_counter() - start,
     }
 
@@ -123,16 +120,6 @@ def run_child(options: argparse.Namespace, side: str, batch: int, gradients: Pat
 
 def relative_error(found: Any, expected: Any) -> float:
     return ((found - expected).norm() / expected.norm()).item()
-
-
-def machine(child: dict[str, Any]) -> dict[str, Any]:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "processor": names[0].split(":", 1)[1].strip() if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average_at_end": round(os.getloadavg()[0], 2),
-        **{key: child[key] for key in ("threads", "torch", "diffusers")},
-    }
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -177,13 +164,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if bare:
         result["unet_seconds"] = min(wall for wall, _ in bare)
     return result
-
-
-def timed(call: Callable[[], None]) -> tuple[float, float]:
-    """Wall time and processor time in seconds."""
-    start, used = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - start, time.process_time() - used
 
 
 class Case:
@@ -281,55 +261,6 @@ def build_vae() -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(block_out_channels=(8,), norm_num_groups=8)
-
-
-def give_memory_back() -> None:
-    """Returns what the warm-up freed to the system, where the C library can (glibc)."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
-
-
-class PeakMemory:
-    """Peak resident size inside the context: the kernel's high-water mark, or samples where that cannot be reset."""
-
-    def __enter__(self) -> PeakMemory:
-        self.before = read_status("VmRSS")
-        self.method = "VmHWM"
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            resettable = read_status("VmHWM") < self.before + (16 << 20)
-        except (OSError, KeyError):
-            resettable = False
-        self._stop = threading.Event()
-        self._sampled = self.before
-        self._thread = None
-        if not resettable:
-            self.method = "sampling every 5 ms"
-            self._thread = threading.Thread(target=self._sample, daemon=True)
-            self._thread.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.005):
-            self._sampled = max(self._sampled, read_status("VmRSS"))
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._thread is None:
-            self.peak = read_status("VmHWM")
-        else:
-            self._thread.join()
-            self.peak = self._sampled
-
-
-def read_status(key: str) -> int:
-    """A size from /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
 
 
 if __name__ == "__main__":

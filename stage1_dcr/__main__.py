@@ -16,7 +16,7 @@ from typing import Any
 from dcr_mllm.cli import run_main
 from dcr_mllm.command import parse_stage
 from dcr_mllm.config import to_yaml
-from dcr_mllm.launch import decide, is_child, start_processes
+from dcr_mllm.launch import announces, decide, is_child, start_processes
 from dcr_mllm.log import get_logger, rank
 from dcr_mllm.runs import Run, open_run
 from stage1_dcr.checks import preflight
@@ -52,7 +52,7 @@ def _main(argv: list[str]) -> int:
         return 0
 
     launch = decide(config.precision, config.deepspeed)
-    if not is_child():
+    if announces():
         print(launch.describe(config.batch_size, config.accumulation))
         for note in notes:
             print(note)
@@ -74,7 +74,7 @@ def _main(argv: list[str]) -> int:
 
     from stage1_dcr.train import run_stage1
 
-    run = open_run(config.runs_dir, config)
+    run = open_run(config.runs_dir, config, create=rank() == 0)
     results: dict[str, Any] = run_stage1(config, launch, run, _data(config))
     if rank() == 0:
         if config.evaluate and "tower" in results:

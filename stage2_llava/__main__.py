@@ -17,9 +17,9 @@ from dcr_mllm.cli import run_main
 from dcr_mllm.command import parse_stage
 from dcr_mllm.config import to_yaml
 from dcr_mllm.errors import UserError
-from dcr_mllm.launch import decide, is_child, start_processes
+from dcr_mllm.launch import announces, decide, is_child, start_processes
 from dcr_mllm.log import rank
-from dcr_mllm.runs import open_run
+from dcr_mllm.runs import Run, open_run
 from stage2_llava.checks import MINI, accumulation, preflight, tower_to_make
 from stage2_llava.config import Stage2Config
 
@@ -50,7 +50,7 @@ def _main(argv: list[str]) -> int:
 
     launch = decide(config.precision, config.deepspeed)
     micro_steps = {name: accumulation(phase, launch.num_processes, name) for name, phase in config.phases()}
-    if not is_child():
+    if announces():
         for name, phase in config.phases():
             print(f"{name}: {launch.describe(phase.micro_batch_size, micro_steps[name])}")
         for note in notes:
@@ -69,12 +69,17 @@ def _main(argv: list[str]) -> int:
         open_run(config.runs_dir, config)
         _data(config)
         start_processes(launch.num_processes, "stage2_llava", argv)
+    for tower in config.towers.values():
+        if tower_to_make(config, tower) is not None:
+            raise UserError(f"tower {tower} does not exist; run stage 1 ({config.stage1}) first, torchrun cannot do it")
 
     from stage2_llava.train import run_stage2
 
-    run = open_run(config.runs_dir, config)
+    run = open_run(config.runs_dir, config, create=rank() == 0)
     results = run_stage2(config, launch, run, _data(config))
     if rank() == 0:
+        if config.heldout is not None:
+            results["heldout"] = _ask_heldout(config, run, results)
         run.finish(results)
         _print_results(results)
     return 0
@@ -98,6 +103,13 @@ def _make_towers(config: Stage2Config) -> None:
         preflight(config)
 
 
+def mini_data(config: Stage2Config) -> Path:
+    """Folder with the miniature's instruction data, drawn once below the runs directory."""
+    from dcr_mllm.mini.instructions import write_instruction_data
+
+    return write_instruction_data(Path(config.runs_dir) / "mini-data" / "instructions")
+
+
 def _data(config: Stage2Config) -> dict[str, PhaseData]:
     """Files and image roots by phase; `mini` becomes files below the runs directory, drawn once."""
     from stage2_llava.phase import PhaseData
@@ -106,18 +118,33 @@ def _data(config: Stage2Config) -> dict[str, PhaseData]:
     for name, phase in config.phases():
         assert phase.data is not None, "preflight refuses empty data"
         if phase.data == MINI:
-            from dcr_mllm.mini.instructions import write_instruction_data
-
-            folder = write_instruction_data(Path(config.runs_dir) / "mini-data" / "instructions")
+            folder = mini_data(config)
             found[name] = PhaseData(files=str(folder / f"{name}.json"), images=str(folder))
         else:
             found[name] = PhaseData(files=phase.data, images=phase.images)
     return found
 
 
+def _ask_heldout(config: Stage2Config, run: Run, results: dict[str, Any]) -> dict[str, Any]:
+    """Held-out questions to every LLaVA of the run; the summary, the rest is in `heldout.json`."""
+    from stage2_llava.heldout import evaluate_heldout
+
+    assert config.heldout is not None
+    data, images = config.heldout, config.heldout_images
+    if data == MINI:
+        folder = mini_data(config)
+        data, images = str(folder / "heldout.json"), str(folder)
+    llavas = {name: Path(result["llava"]) for name, result in results["llavas"].items()}
+    return evaluate_heldout(llavas, data, images, run.path / "heldout.json")
+
+
 def _print_results(results: dict[str, Any]) -> None:
-    for name, result in results.items():
+    for name, result in results["llavas"].items():
         print(f"{name}: {result['llava']}")
+    if "heldout" in results:
+        from stage2_llava.heldout import format_heldout
+
+        print(format_heldout(results["heldout"]))
 
 
 if __name__ == "__main__":

@@ -56,6 +56,11 @@ def preflight(config: Stage2Config) -> list[str]:
             notes.append(describe_tower(name, check_tower(config, tower, llava), config))
     for phase_name, phase in config.phases():
         notes += check_phase(phase_name, phase, config)
+    if config.heldout not in (None, MINI):
+        questions = load_instructions(config.heldout, config.heldout_images)
+        several = next((sample.where for sample in questions if len(sample.turns) != 2), None)
+        if several is not None:
+            raise UserError(f"heldout: {several} has several turns, expected one question and its answer")
     return notes
 
 

@@ -119,6 +119,11 @@ class Stage2Config:
     drop_missing: bool = False
     """Leave out and count samples whose image is missing or whose turns are damaged; otherwise they are errors."""
 
+    heldout: str | None = None
+    """Closed single-turn questions (LLaVA JSON, or `mini`) that every LLaVA answers at the end, seeing and blind."""
+    heldout_images: str | None = None
+    """Where their image names are looked up."""
+
     # How it runs
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on CUDA, fp32 on the CPU."""
@@ -140,22 +145,24 @@ class Stage2Config:
         for name in self.towers:
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
                 raise UserError(f"towers has the name {name!r}, expected letters, digits and . _ -")
-        if self.protocol == "recipe":
-            if self.llm is None:
-                raise UserError("llm is not set; protocol recipe builds a LLaVA from towers and llm.")
-            if self.llava is not None:
-                raise UserError("llava is set, but protocol recipe starts from llm; leave it out or use instruct-only.")
-            if KEEP in self.towers.values():
-                raise UserError("towers has `keep`, which only the protocols that start from `llava` know.")
-        elif self.llava is None:
-            raise UserError(f"llava is not set; protocol {self.protocol} starts from a LLaVA directory.")
-        elif self.llm is not None:
-            raise UserError(f"llm is set, but protocol {self.protocol} takes the one inside `llava`; leave llm out.")
         for name in ("max_length", "save_every", "log_every"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, found {getattr(self, name)}.")
         if self.num_workers < 0:
             raise UserError(f"num_workers must not be negative, found {self.num_workers}.")
+        if self.protocol != "instruct-only" and KEEP in self.towers.values():
+            raise UserError(
+                "towers has `keep`, the tower inside `llava`, which only protocol instruct-only trains with."
+            )
+        if self.protocol == "recipe":
+            if self.llm is None:
+                raise UserError("llm is not set; protocol recipe builds a LLaVA from towers and llm.")
+            if self.llava is not None:
+                raise UserError("llava is set, but protocol recipe starts from llm; leave it out or use instruct-only.")
+        elif self.llava is None:
+            raise UserError(f"llava is not set; protocol {self.protocol} starts from a LLaVA directory.")
+        elif self.llm is not None:
+            raise UserError(f"llm is set, but protocol {self.protocol} takes the one inside `llava`; leave llm out.")
 
     def phases(self) -> list[tuple[str, PhaseConfig]]:
         """The training phases of the protocol, in order."""

@@ -90,6 +90,7 @@ class Instructions:
         images: Where images are looked up.
         num_records: Good samples in the files, each counted once whatever its weight.
         num_dropped: Samples that were left out.
+        num_system: Samples whose system turn is ignored.
         report: Lines that say what was left out or ignored.
     """
 
@@ -97,14 +98,14 @@ class Instructions:
         self._records, self._order, self.images = records, order, images
         self.num_words = records.num_words[order]
         self.has_image = records.has_image[order]
-        self.num_records, self.num_dropped = len(records), len(problems)
+        self.num_records, self.num_dropped, self.num_system = len(records), len(problems), records.num_system
         examples = {problem.kind: problem for problem in reversed(problems)}
         self.report = [
-            f"left out {count:,} samples, {kind}: first {examples[kind]}"
+            f"samples left out for {kind}: {count:,}, the first is {examples[kind]}"
             for kind, count in Counter(problem.kind for problem in problems).items()
         ]
-        if records.num_system:
-            self.report.append(f"ignored the system turn of {records.num_system:,} samples, as LLaVA-1.5 does")
+        if self.num_system:
+            self.report.append(f"samples whose system turn is ignored, as LLaVA-1.5 does: {self.num_system:,}")
 
     def __len__(self) -> int:
         return len(self._order)
@@ -395,6 +396,8 @@ def _expand_braces(pattern: str) -> list[str]:
         return [pattern]
     first, last, words = match.groups()
     parts = words.split(",") if words else [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+    if not parts:
+        raise UserError(f"{pattern}: the range {first}..{last} runs backwards")
     return [pattern[: match.start()] + part + tail for part in parts for tail in _expand_braces(pattern[match.end() :])]
 
 
@@ -440,7 +443,7 @@ def _read_lines(path: str) -> Items:
                 continue
             record: Any
             try:
-                record = json.loads(line.decode())
+                record = json.loads(line.rstrip(b"\r\n").decode())
             except (ValueError, RecursionError) as error:
                 reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 if number == 1 and not path.lower().endswith(".jsonl"):

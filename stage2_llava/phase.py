@@ -270,6 +270,8 @@ def _loader(
             dataset.processor.tokenizer.pad_token_id, empty, "image_features" if cached else "pixel_values"
         ),
         num_workers=config.num_workers,
+        # Its own generator: otherwise it would draw from the one that dropout uses, once more in a resumed run.
+        generator=torch.Generator().manual_seed(config.seed),
         pin_memory=arguments.device.type == "cuda",
         prefetch_factor=4 if config.num_workers else None,
     )

@@ -1,8 +1,8 @@
 """Stage 2 from a checked config to LLaVA directories: for each tower align, instruct, merge.
 
 Every step is a directory: `aligned/` is a LLaVA whose projector has learned to caption, `adapter/` was trained on it
-and loads on it with PEFT, `llava/` is the merge. A killed run goes on behind the last directory that is there, or inside a
-phase from its last checkpoint.
+and loads on it with PEFT, `llava/` is the merge. A killed run goes on behind the last directory that is there, or
+inside a phase from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def run_stage2(config: Stage2Config, launch: Launch, run: Run, data: dict[str, P
         data: Of every phase.
 
     Returns:
-        The LLaVA of every tower, on every rank.
+        Where the LLaVA of every tower is, under `llavas`, on every rank.
     """
-    results: dict[str, Any] = {}
+    llavas: dict[str, Any] = {}
     for name, tower in config.towers.items():
         arm = Arm(config=config, launch=launch, path=run.path / name, tower=tower, data=data)
         if not (arm.path / "llava").is_dir():
@@ -80,8 +80,8 @@ def run_stage2(config: Stage2Config, launch: Launch, run: Run, data: dict[str, P
             base = starting_llava(arm)
             if config.protocol != "swap":
                 instruct(arm, base)
-        results[name] = {"llava": str(arm.path / "llava"), "metrics": str(arm.path / "metrics.jsonl")}
-    return results
+        llavas[name] = {"llava": str(arm.path / "llava"), "metrics": str(arm.path / "metrics.jsonl")}
+    return {"llavas": llavas}
 
 
 def starting_llava(arm: Arm) -> Path:
@@ -92,14 +92,11 @@ def starting_llava(arm: Arm) -> Path:
             align(arm)
         return arm.path / "aligned"
     llava = resolve_weights(config.llava or "", "llava")
-    if arm.tower == KEEP:
-        tower = llava
-        if config.protocol == "instruct-only":
-            return llava
-    else:
-        tower = resolve_weights(arm.tower, "tower")
+    if arm.tower == KEEP and config.protocol == "instruct-only":
+        return llava
     out = arm.path / ("llava" if config.protocol == "swap" else "swapped")
     if rank() == 0 and not out.is_dir():
+        tower = resolve_weights(arm.tower, "tower")
         swap(llava, tower, out, legacy_keys=config.legacy_keys and config.protocol == "swap")
     barrier()
     return out
@@ -182,7 +179,9 @@ def instruct(arm: Arm, base: Path) -> None:
                 save_llava(model, processor, temporary, record, legacy_keys=config.legacy_keys)
     else:
         if not adapter.is_dir():
-            model = add_adapter(load_llava(base, arm.dtype, **quantised(phase, arm.dtype)), phase, str(base))
+            model = add_adapter(
+                load_llava(base, arm.dtype, **quantised(phase, arm.dtype)), phase, str(base), config.seed
+            )
             trained = train(model)
             if rank() == 0:
                 with atomic_directory(adapter) as temporary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from stage2_llava.config import InstructConfig
@@ -21,13 +22,14 @@ def freeze_for_alignment(model: nn.Module) -> nn.Module:
     return model
 
 
-def add_adapter(model: nn.Module, config: InstructConfig, base: str) -> nn.Module:
+def add_adapter(model: nn.Module, config: InstructConfig, base: str, seed: int = 0) -> nn.Module:
     """A PEFT model: LoRA on the language model's linear layers, and the projector in full.
 
     Args:
         model: LLaVA.
         config: Rank, alpha and dropout.
         base: The directory that `model` came from, for the adapter's own record.
+        seed: Of LoRA's initialisation, so that all towers start from the same one.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -41,7 +43,9 @@ def add_adapter(model: nn.Module, config: InstructConfig, base: str) -> nn.Modul
         modules_to_save=[PROJECTOR],
         base_model_name_or_path=base,
     )
-    return get_peft_model(model, lora)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, lora)
 
 
 def freeze_for_full_tuning(model: nn.Module) -> nn.Module:
