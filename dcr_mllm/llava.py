@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcr_mllm.conversation import IMAGE_TOKEN, Template
-from dcr_mllm.llava_headers import VisionSummary
+from dcr_mllm.llava_headers import VisionSummary, llava_summary
 
 if TYPE_CHECKING:
     import torch
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 Aspect = Literal["square", "pad"]
 
 
-def image_processor(tower: str | Path, aspect: Aspect) -> Any:
+def image_processor(path: str | Path, aspect: Aspect) -> Any:
     """LLaVA's image processor with a tower's own size, mean, std and resampling.
 
     Pillow's backend, bit-exact with LLaVA-1.5; torchvision's differs by up to 0.015.
 
     Args:
-        tower: Tower directory.
+        path: Directory of a tower or of a LLaVA.
         aspect: `square` resizes and crops as the tower's own processor does; `pad` pads to a square first.
     """
     from transformers import AutoImageProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    own = AutoImageProcessor.from_pretrained(tower, backend="pil", local_files_only=True)
+    own = AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)
     size = {key: value for key, value in dict(own.size).items() if value is not None}
     side = size.get("shortest_edge") or size["height"]
     return LlavaImageProcessorPil(
@@ -67,10 +67,19 @@ def build_processor(tower: VisionSummary, tokenizer: Any, template: Template, as
 
 
 def load_processor(path: str | Path) -> LlavaProcessor:
-    """The processor of a saved LLaVA, on the same Pillow backend that it trained with."""
+    """The processor of a saved LLaVA, on the same Pillow backend that it trained with.
+
+    What decides how many tokens an image becomes is taken from the model's config: older repositories leave it out of
+    the processor's.
+    """
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(path, backend="pil", local_files_only=True)
+    summary = llava_summary(path)
+    processor = AutoProcessor.from_pretrained(path, backend="pil", local_files_only=True)
+    processor.patch_size = summary.patch_size
+    processor.vision_feature_select_strategy = summary.select_strategy
+    processor.num_additional_image_tokens = 1 if summary.select_strategy == "default" else 0
+    return processor
 
 
 def load_llava(path: str | Path, dtype: torch.dtype | str = "auto", **options: Any) -> LlavaForConditionalGeneration:

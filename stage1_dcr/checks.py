@@ -24,8 +24,8 @@ from dcr_mllm.headers import (
     tower_summary,
 )
 from dcr_mllm.launch import deepspeed_file
+from dcr_mllm.patterns import expand_braces
 from stage1_dcr.shards import IMAGE_EXTENSIONS, TAR_EXTENSIONS
-from stage1_dcr.sources import expand_braces
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in sorted(IMAGE_EXTENSIONS))
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)

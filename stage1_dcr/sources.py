@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr_mllm.errors import UserError
+from dcr_mllm.patterns import expand_braces
 from stage1_dcr.shards import (
     IMAGE_EXTENSIONS,
     TAR_EXTENSIONS,
@@ -92,22 +93,6 @@ def _list_shards(spec: str, prefix: str) -> list[Shard]:
         return _list_directory(path, prefix)
     patterns = [path] if os.path.exists(path) else expand_braces(path)
     return [shard for pattern in patterns for shard in _list_files(pattern, spec, prefix)]
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Expands `{00..12}` (zero padded as written) and `{a,b}`, all combinations, from left to right."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last, words = match.groups()
-    if words is not None:
-        parts = words.split(",")
-    else:
-        parts = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
-        if not parts:
-            raise UserError(f"{pattern}: the range {first}..{last} runs backwards")
-    head, tails = pattern[: match.start()], expand_braces(pattern[match.end() :])
-    return [head + part + tail for part in parts for tail in tails]
 
 
 def _list_files(pattern: str, spec: str, prefix: str) -> list[Shard]:

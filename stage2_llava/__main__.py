@@ -17,7 +17,7 @@ from dcr_mllm.cli import run_main
 from dcr_mllm.command import parse_stage
 from dcr_mllm.config import to_yaml
 from dcr_mllm.errors import UserError
-from dcr_mllm.launch import announces, decide, is_child, start_processes
+from dcr_mllm.launch import Launch, announces, decide, is_child, start_processes
 from dcr_mllm.log import rank
 from dcr_mllm.runs import Run, open_run
 from stage2_llava.checks import MINI, accumulation, preflight, tower_to_make
@@ -79,7 +79,7 @@ def _main(argv: list[str]) -> int:
     results = run_stage2(config, launch, run, _data(config))
     if rank() == 0:
         if config.heldout is not None:
-            results["heldout"] = _ask_heldout(config, run, results)
+            results["heldout"] = _ask_heldout(config, launch, run, results)
         run.finish(results)
         _print_results(results)
     return 0
@@ -125,7 +125,7 @@ def _data(config: Stage2Config) -> dict[str, PhaseData]:
     return found
 
 
-def _ask_heldout(config: Stage2Config, run: Run, results: dict[str, Any]) -> dict[str, Any]:
+def _ask_heldout(config: Stage2Config, launch: Launch, run: Run, results: dict[str, Any]) -> dict[str, Any]:
     """Held-out questions to every LLaVA of the run; the summary, the rest is in `heldout.json`."""
     from stage2_llava.heldout import evaluate_heldout
 
@@ -135,7 +135,7 @@ def _ask_heldout(config: Stage2Config, run: Run, results: dict[str, Any]) -> dic
         folder = mini_data(config)
         data, images = str(folder / "heldout.json"), str(folder)
     llavas = {name: Path(result["llava"]) for name, result in results["llavas"].items()}
-    return evaluate_heldout(llavas, data, images, run.path / "heldout.json")
+    return evaluate_heldout(llavas, data, images, run.path / "heldout.json", device=launch.device)
 
 
 def _print_results(results: dict[str, Any]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import math
 from pathlib import Path
+from typing import Any
 
 from dcr_mllm.conversation import get_template
 from dcr_mllm.errors import UserError
@@ -17,8 +20,9 @@ from dcr_mllm.llava_headers import (
     llm_summary,
     vision_summary,
 )
+from stage2_llava.batches import steps_per_epoch
 from stage2_llava.config import KEEP, PhaseConfig, Stage2Config
-from stage2_llava.instructions import load_instructions
+from stage2_llava.instructions import Instructions, load_instructions
 
 MINI = "mini"
 
@@ -119,12 +123,28 @@ def check_phase(name: str, phase: PhaseConfig, config: Stage2Config) -> list[str
         raise UserError(f"{name}.data is not set; give LLaVA JSON or JSONL files, or WebDataset tars")
     if phase.data == MINI:
         return [f"{name} data: drawn scenes of the miniature"]
-    instructions = load_instructions(phase.data, phase.images, drop_missing=config.drop_missing)
-    notes = [
+    instructions = load_once(phase.data, phase.images, drop_missing=config.drop_missing)
+    return [
         f"{name} data: {len(instructions):,} samples, {int((~instructions.has_image).sum()):,} of them text-only"
         + (f", {instructions.num_dropped:,} dropped" if instructions.num_dropped else "")
+        + f"; {num_steps(phase, len(instructions)):,} steps of {phase.batch_size}"
     ]
-    return notes + instructions.report
+
+
+def num_steps(phase: PhaseConfig, num_samples: int) -> int:
+    """Optimizer steps of a phase."""
+    return phase.max_steps or max(1, math.ceil(phase.epochs * steps_per_epoch(num_samples, phase.batch_size)))
+
+
+def load_once(data: str | list[str], images: str | list[str] | None, *, drop_missing: bool) -> Instructions:
+    """`load_instructions`, kept: half a million records take a minute to read, and several steps of a run need them."""
+    frozen = [tuple(value) if isinstance(value, list) else value for value in (data, images)]
+    return _load(*frozen, drop_missing)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(data: Any, images: Any, drop_missing: bool) -> Instructions:
+    return load_instructions(data, images, drop_missing=drop_missing)
 
 
 def accumulation(phase: PhaseConfig, num_processes: int, name: str) -> int:

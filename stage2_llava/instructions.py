@@ -8,17 +8,9 @@ gigabytes, and every forked worker would copy them by counting references.
 
 from __future__ import annotations
 
-import functools
-import glob
 import hashlib
 import io
-import json
-import math
-import os
-import posixpath
-import re
 import sys
-import tarfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,16 +22,15 @@ import numpy as np
 from dcr_mllm.conversation import IMAGE_TOKEN, Turn
 from dcr_mllm.errors import UserError
 from dcr_mllm.log import get_logger, rank
+from stage2_llava.image_roots import Images
+from stage2_llava.record_files import Refused, expand, read_records, split_weight
 
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif"})
 VALIDATE = "python -m stage2_llava.instructions validate DATA --images ROOT"
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-_CHUNK = 1 << 22  # characters of a JSON array that are read at a time
-_MAX_OPEN = 128  # tars that a process keeps open
 
 logger = get_logger(__name__)
 
@@ -71,14 +62,6 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.where}{f' (id {self.id!r})' if self.id else ''}: {self.text}"
-
-
-class Refused(Exception):
-    """What is wrong with a record or an image; becomes a `Problem` or a `UserError` where its sample is known."""
-
-    def __init__(self, kind: str, text: str):
-        super().__init__(kind, text)
-        self.kind, self.text = kind, text
 
 
 class Instructions:
@@ -292,9 +275,6 @@ class Records:
         return Sample(id or where, turns, tuple(f"{path}/{name}" if key else name for name in names), where)
 
 
-# ---- records and what is asked of them
-
-
 def record_id(record: object) -> str:
     """The id as text, "" if there is none."""
     id = record.get("id") if isinstance(record, dict) else None
@@ -351,389 +331,6 @@ def _check_turns(turns: object) -> tuple[list[str], bool]:
     if len(texts) % 2 or not texts:
         raise Refused("order", f"ends with {turns[-1]['from']}, expected an answer of gpt")
     return texts, has_system
-
-
-# ---- files
-
-
-def split_weight(spec: str) -> tuple[str, float]:
-    """Path and weight of `PATH@WEIGHT`; an @ in the name of a file that exists is meant literally.
-
-    Raises:
-        UserError: The weight is not positive.
-    """
-    path, at, text = spec.rpartition("@")
-    if not at or os.path.exists(os.path.expanduser(spec)):
-        return spec, 1.0
-    try:
-        weight = float(text)
-    except ValueError:
-        return spec, 1.0
-    if not 0 < weight < math.inf:
-        raise UserError(f"data {spec!r} has the weight {text}, expected a positive number such as 2 or 0.5")
-    return path, weight
-
-
-def expand(pattern: str, setting: str) -> list[str]:
-    """Paths behind a path, a glob or braces (`{000..012}`, `{a,b}`), in order.
-
-    Raises:
-        UserError: Something that it names does not exist.
-    """
-    found: dict[str, None] = {}
-    for text in _expand_braces(os.path.expanduser(pattern)):
-        matches = [text] if os.path.exists(text) else sorted(glob.glob(text, recursive=True))
-        if not matches:
-            named = "" if text == pattern else f" names {text}, which"
-            raise UserError(f"{setting} {pattern!r}{named} does not exist (looked from {os.getcwd()})")
-        found.update(dict.fromkeys(matches))
-    return list(found)
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    match = None if os.path.exists(pattern) else re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last, words = match.groups()
-    parts = words.split(",") if words else [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
-    if not parts:
-        raise UserError(f"{pattern}: the range {first}..{last} runs backwards")
-    return [pattern[: match.start()] + part + tail for part in parts for tail in _expand_braces(pattern[match.end() :])]
-
-
-Items = Iterator[tuple["int | str", Any]]  # place in the file; a record as parsed, or the `Refused` in its place
-
-
-def read_records(path: str, members: TarIndex | None = None) -> tuple[str, Items]:
-    """Opens a file of records.
-
-    Args:
-        path: JSON array, JSON Lines or tar.
-        members: Learns where the images of a tar are.
-
-    Returns:
-        How a place is written behind the path, and the records with their places.
-
-    Raises:
-        UserError: The file is of no such kind; while reading: it is broken.
-    """
-    if path.endswith(".tar"):
-        return ":{}", _read_tar(path, members or TarIndex())
-    if os.path.isdir(path) or path.lower().endswith((".gz", ".tgz", ".zip", ".parquet")):
-        raise UserError(f"data {path} is not supported, expected LLaVA JSON or JSONL files or uncompressed tars")
-    try:
-        with open(path, "rb") as file:
-            begin = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    except OSError as error:
-        raise UserError(f"cannot read data {path}: {error.strerror or error}") from None
-    if begin == b"[":
-        return "[{}]", _read_array(path)
-    if begin == b"{":
-        return ":{}", _read_lines(path)
-    found = f"begins with {begin!r}" if begin else "is empty"
-    raise UserError(f"data {path} {found}, expected a JSON array or JSON Lines in UTF-8")
-
-
-def _read_lines(path: str) -> Items:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            record: Any
-            try:
-                record = json.loads(line.rstrip(b"\r\n").decode())
-            except (ValueError, RecursionError) as error:
-                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                if number == 1 and not path.lower().endswith(".jsonl"):
-                    raise UserError(
-                        f"data {path} holds neither an array nor one object per line (line 1: {reason}); "
-                        "LLaVA's JSON is one array of samples"
-                    ) from None
-                record = Refused("line", f"is not valid JSON: {reason}")
-            yield number, record
-
-
-def _read_array(path: str) -> Items:
-    """Parses one element after the other: as a whole, the objects would take several times the size of the file."""
-    scan, blanks = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*").match
-    line, column = 1, 1  # of text[0]
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            text = file.read(_CHUNK)
-            start = text.index("[") + 1
-            while True:
-                try:
-                    start = stop = blanks(text, start).end()  # type: ignore[union-attr]
-                    if number == 0 and text[start] == "]":
-                        break
-                    record, stop = scan(text, start)
-                    stop = blanks(text, stop).end()  # type: ignore[union-attr]
-                    if text[stop] not in ",]":
-                        raise json.JSONDecodeError("Expecting ',' delimiter", text, stop)
-                except (IndexError, json.JSONDecodeError, RecursionError) as error:
-                    # Far from the end of what was read it is an error for good, elsewhere perhaps only a cut element.
-                    where = error.pos if isinstance(error, json.JSONDecodeError) else len(text)
-                    is_open = where > len(text) - 16 or str(error).startswith("Unterminated string")
-                    more = file.read(max(_CHUNK, len(text) - start)) if is_open else ""
-                    if not more:
-                        raise _broken(path, error, *_advance(text[:where], line, column)) from None
-                    line, column = _advance(text[:start], line, column)
-                    text, start = text[start:] + more, 0
-                    continue
-                yield number, record
-                number += 1
-                start = stop + 1
-                if text[stop] == "]":
-                    break
-            if (text[stop + 1 :] + file.read()).strip():
-                raise UserError(f"data {path} goes on behind the array of {number:,} samples, expected its end there")
-    except UnicodeDecodeError as error:
-        raise UserError(f"data {path} is not UTF-8 behind line {line} ({error.reason}); save it as UTF-8") from None
-
-
-def _broken(path: str, error: Exception, line: int, column: int) -> UserError:
-    reason = getattr(error, "msg", "nested too deeply" if isinstance(error, RecursionError) else "cut off")
-    return UserError(
-        f"data {path} is not valid JSON at line {line}, column {column} ({reason}); make sure that the file is whole"
-    )
-
-
-def _advance(text: str, line: int, column: int) -> tuple[int, int]:
-    """Line and column behind a text that begins at a line and column."""
-    num_lines = text.count("\n")
-    return line + num_lines, len(text) - text.rfind("\n") if num_lines else column + len(text)
-
-
-def _read_tar(path: str, index: TarIndex) -> Items:
-    """Records of a WebDataset tar; members that share a key need not be neighbours."""
-    images: dict[str, list[str]] = {}
-    texts: dict[str, dict[str, bytes]] = {}
-    index.paths.append(path)
-    for member, content in read_members(path, (".json", ".txt")):
-        folder, _, base = posixpath.normpath(member.name).rpartition("/")
-        stem, _, extension = base.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
-        if not stem:
-            continue
-        if extension.lower() in IMAGE_EXTENSIONS:
-            name = posixpath.normpath(member.name)
-            index.add(member, f"{path}/{name}")
-            images.setdefault(key, []).append(name)
-        elif content is not None and extension.lower() in ("json", "txt"):
-            texts.setdefault(key, {})[extension.lower()] = content
-    for key in dict.fromkeys([*images, *texts]):
-        yield key, _tar_record(key, images.get(key, []), texts.get(key, {}))
-
-
-def _tar_record(key: str, images: list[str], texts: dict[str, bytes]) -> dict[str, Any] | Refused:
-    try:
-        record = json.loads(texts.get("json", b"{}"))
-        # img2dataset writes a json of its own beside each caption.
-        if isinstance(record, dict) and "conversations" in record:
-            return {"id": key, **record, "image": images}
-        if "txt" not in texts:
-            return Refused("conversations", f"has neither {key}.json with conversations nor {key}.txt with a caption")
-        question = {"from": "human", "value": IMAGE_TOKEN}
-        answer = {"from": "gpt", "value": texts["txt"].decode().strip()}
-        return {"id": key, "image": images, "conversations": [question, answer]}
-    except (ValueError, RecursionError) as error:
-        return Refused("text", f"has a json or txt that cannot be read: {error}")
-
-
-# ---- images
-
-
-class Images:
-    """Looks images up by name and reads them.
-
-    Args:
-        roots: Folders and tars as in `load_instructions`.
-
-    Raises:
-        UserError: A root is missing or unreadable.
-    """
-
-    def __init__(self, roots: Sequence[str]):
-        self.own = TarIndex()
-        self.roots: list[str | TarIndex] = []
-        self._names = ", ".join(roots)
-        self._listings: dict[tuple[str, str], set[str]] = {}
-        for pattern in roots:
-            paths = expand(pattern, "images")
-            self.roots += [path.rstrip("/") or "/" for path in paths if os.path.isdir(path)]
-            tars = [path for path in paths if not os.path.isdir(path)]
-            if tars:
-                self.roots.append(_index_images(tars))
-
-    def finish(self) -> None:
-        """Ends the listing of folders and the adding to `own`."""
-        self.own.finish()
-        self._listings = {}
-
-    def locate(self, name: str, *, listed: bool = False) -> tuple[str, int, int]:
-        """File, offset and size (-1: the whole file) of an image.
-
-        Args:
-            name: As in `Sample.images`.
-            listed: Trust a listing of the folder, which is made once: asking for each file takes far longer.
-
-        Raises:
-            Refused: It leads out of its root, or there is none, or several of this name.
-        """
-        if not listed and (places := self.own.find(name)):
-            return places[0]
-        inside = posixpath.normpath(name)
-        if inside.startswith(("/", "../")) or inside in ("..", "."):
-            raise Refused("image path", f"image {name!r} leads out of its folder, expected a path relative to images")
-        for root in self.roots:
-            if isinstance(root, str):
-                if self._is_file(root, inside, listed):
-                    return f"{root}/{inside}", 0, -1
-            elif places := root.find(inside):
-                if len(places) > 1:
-                    tars = f"{places[0][0]} and {places[1][0]}"
-                    raise Refused("ambiguous image", f"image {name!r} could be {len(places)} members, of {tars}")
-                return places[0]
-        raise Refused("missing image", f"image {name!r} is not in {self._names}")
-
-    def open(self, name: str) -> Image.Image:
-        """The image as RGB, its first frame.
-
-        Raises:
-            Refused: It is missing or cannot be decoded.
-        """
-        from PIL import Image, UnidentifiedImageError
-
-        path, offset, size = self.locate(name)
-        try:
-            with Image.open(io.BytesIO(_read(path, offset, size))) as image:
-                return image.convert("RGB")
-        # What decoders raise on damaged bytes is not limited to OSError.
-        except Exception as error:
-            file = path if size < 0 else f"{path}, member {name}"
-            unknown = isinstance(error, UnidentifiedImageError)
-            reason = "no format that Pillow knows" if unknown else str(error).replace("\n", " ")
-            raise Refused("unreadable image", f"image {file} cannot be read: {reason}") from None
-
-    def _is_file(self, root: str, name: str, listed: bool) -> bool:
-        if not listed:
-            return os.path.isfile(f"{root}/{name}")
-        folder, _, base = name.rpartition("/")
-        listing = self._listings.get((root, folder))
-        if listing is None:
-            try:
-                with os.scandir(f"{root}/{folder}") as entries:
-                    listing = {entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)}
-            except (FileNotFoundError, NotADirectoryError, ValueError):
-                listing = set()
-            except OSError as error:
-                raise UserError(f"cannot list images in {root}/{folder}: {error.strerror or error}") from None
-            self._listings[root, folder] = listing
-        return base in listing
-
-
-class TarIndex:
-    """Where the members of tars lie, by hashes of their names; a dict of the names would be ten times as large."""
-
-    def __init__(self) -> None:
-        self.paths: list[str] = []
-        self._places: Any = array("q")  # tar, offset and size of each member
-        self._hashes: Any = array("Q")
-        self._members: Any = array("q")  # that the hashes belong to
-
-    def add(self, member: tarfile.TarInfo, *names: str) -> None:
-        """Adds a member of the last path under some names."""
-        for name in names:
-            self._hashes.append(_hash(name))
-            self._members.append(len(self._places) // 3)
-        self._places.extend((len(self.paths) - 1, member.offset_data, member.size))
-
-    def finish(self) -> None:
-        """Ends the adding."""
-        hashes = np.array(self._hashes, dtype=np.uint64)
-        order = np.argsort(hashes, kind="stable")
-        self._hashes, self._members = hashes[order], np.array(self._members, dtype=np.int64)[order]
-        self._places = np.array(self._places, dtype=np.int64).reshape(-1, 3)
-
-    def find(self, name: str) -> list[tuple[str, int, int]]:
-        """Tar, offset and size of all members of this name; of this base name if there are none."""
-        for text in (name, f"*/{name}"):
-            value = np.uint64(_hash(text))
-            first, last = (int(np.searchsorted(self._hashes, value, side)) for side in ("left", "right"))
-            if last > first:
-                places = self._places[np.unique(self._members[first:last])].tolist()
-                return [(self.paths[tar], offset, size) for tar, offset, size in places]
-        return []
-
-
-def _hash(name: str) -> int:
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8)
-    return int.from_bytes(digest.digest(), "little")
-
-
-def _index_images(paths: Sequence[str]) -> TarIndex:
-    index = TarIndex()
-    for path in paths:
-        if not path.endswith(".tar"):
-            raise UserError(f"images {path} is neither a folder nor an uncompressed tar (.tar); unpack it")
-        index.paths.append(path)
-        for member, _ in read_members(path):
-            name = posixpath.normpath(member.name)
-            index.add(member, name, f"{os.path.basename(path)}/{name}", f"*/{posixpath.basename(name)}")
-    index.finish()
-    return index
-
-
-def read_members(path: str, wanted: tuple[str, ...] = ()) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """Regular files of an uncompressed tar, with the content of those whose name ends as wanted.
-
-    Raises:
-        UserError: It is no tar, compressed, or damaged.
-    """
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
-            for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # or it keeps them all
-                if member.isreg():
-                    content = archive.extractfile(member) if member.name.lower().endswith(wanted) else None
-                    yield member, content.read() if content else None
-            # tarfile takes a damaged header for the end and says nothing.
-            file.seek(archive.offset)
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError(f"damaged or cut at byte {archive.offset}")
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as an uncompressed tar ({error}); unpack it or fetch it again"
-        ) from None
-
-
-class _Handle:
-    """An open file; closed with its last reference."""
-
-    def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-# Read by position only, so that forked processes and threads may share the handles.
-_open_handle = functools.lru_cache(maxsize=_MAX_OPEN)(_Handle)
-
-
-def _read(path: str, offset: int, size: int) -> bytes:
-    if size < 0:
-        with open(path, "rb") as file:
-            return file.read()
-    handle = _open_handle(path)
-    content = os.pread(handle.descriptor, size, offset)
-    if len(content) < size:
-        raise OSError(f"{path} is shorter than when it was listed")
-    return content
 
 
 def main(argv: list[str] | None = None) -> int:

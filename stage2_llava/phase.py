@@ -23,12 +23,12 @@ from dcr_mllm.trainer import (
     read_position,
     stage_arguments,
 )
-from stage2_llava.batches import BatchPlan, BatchPosition, steps_per_epoch
-from stage2_llava.checks import accumulation
+from stage2_llava.batches import BatchPlan, BatchPosition
+from stage2_llava.checks import accumulation, load_once, num_steps
 from stage2_llava.collate import Collator, InstructionDataset
 from stage2_llava.config import PhaseConfig, Stage2Config
 from stage2_llava.features import FeatureCache, build_cache, cache_directory
-from stage2_llava.instructions import Instructions, load_instructions
+from stage2_llava.instructions import Instructions
 from stage2_llava.step import LlavaStep
 from stage2_llava.tuning import parameter_groups, trainable_in_fp32, trainable_table
 
@@ -52,7 +52,7 @@ class PhaseData:
 
     def load(self, config: Stage2Config) -> Instructions:
         """Read and check all records."""
-        return load_instructions(self.files, self.images, drop_missing=config.drop_missing)
+        return load_once(self.files, self.images, drop_missing=config.drop_missing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +97,6 @@ def save_adapter(model: Any, state: dict[str, Tensor], directory: str | Path | N
         directory: Where to.
     """
     model.save_pretrained(directory, state_dict={name: value.detach().cpu() for name, value in state.items()})
-
-
-def num_steps(phase: PhaseConfig, num_samples: int) -> int:
-    """Optimizer steps of a phase."""
-    return phase.max_steps or max(1, math.ceil(phase.epochs * steps_per_epoch(num_samples, phase.batch_size)))
 
 
 def train_phase(

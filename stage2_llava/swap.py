@@ -67,7 +67,8 @@ def swap(llava: str | Path, tower: str | Path, out: str | Path, *, legacy_keys: 
         _write_config(temporary / "config.json", after.path)
         # The new tower may have been trained with another mean, std or resampling.
         processor = load_processor(before.path)
-        processor.image_processor = image_processor(after.path, "pad" if processor.image_processor.do_pad else "square")
+        pads = getattr(processor.image_processor, "do_pad", False)
+        processor.image_processor = image_processor(after.path, "pad" if pads else "square")
         processor.save_pretrained(temporary)
         write_json_atomic(
             temporary / PROVENANCE_FILE,

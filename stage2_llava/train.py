@@ -153,8 +153,8 @@ def instruct(arm: Arm, base: Path) -> None:
     load_whole()
     processor = load_processor(base)
     template = template_of(processor, config.template)
-    if processor.image_processor.do_pad != (phase.image_aspect_ratio == "pad"):
-        processor.image_processor.do_pad = phase.image_aspect_ratio == "pad"
+    # Published LLaVAs come with CLIP's image processor, which crops where LLaVA-1.5 pads.
+    processor.image_processor = image_processor(base, phase.image_aspect_ratio)
 
     def train(model: nn.Module) -> Any:
         return train_phase(

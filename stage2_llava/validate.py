@@ -29,16 +29,9 @@ from dcr_mllm.conversation import Turn
 from dcr_mllm.errors import UserError
 from dcr_mllm.log import get_logger
 from dcr_mllm.runs import write_json_atomic
-from stage2_llava.instructions import (
-    Images,
-    Instructions,
-    Problem,
-    Refused,
-    expand,
-    read_instructions,
-    read_records,
-    split_weight,
-)
+from stage2_llava.image_roots import Images
+from stage2_llava.instructions import Instructions, Problem, read_instructions
+from stage2_llava.record_files import Refused, expand, read_records, split_weight
 
 TRAINABLE = ("duplicate id", "too long")
 """Kinds of problems that samples can be trained with."""

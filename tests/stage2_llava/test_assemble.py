@@ -148,3 +148,21 @@ def test_other_models_are_refused_as_language_model(tiny_clip: Path, tiny_llava:
         llm_summary(tiny_clip)
     with pytest.raises(UserError, match="is a LLaVA"):
         llm_summary(tiny_llava)
+
+
+def test_published_processors_are_completed_and_pad(tiny_llava: Path, tiny_clip: Path, tmp_path: Path):
+    """Older repositories: CLIP's image processor, and a processor that does not know the number of image tokens."""
+    import json
+    import shutil
+
+    from transformers import AutoImageProcessor
+
+    shutil.copytree(tiny_llava, tmp_path / "llava")
+    (tmp_path / "llava" / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor"}))
+    AutoImageProcessor.from_pretrained(tiny_clip).save_pretrained(tmp_path / "llava")
+    processor = load_processor(tmp_path / "llava")
+    text = "USER: <image>\nWhat? ASSISTANT:"
+    assert (processor(images=noise_image(32, 32), text=text, return_tensors="pt").input_ids == 699).sum() == 16
+    padded = image_processor(tmp_path / "llava", "pad")(noise_image(20, 50), return_tensors="pt").pixel_values
+    expected = load_processor(tiny_llava).image_processor(noise_image(20, 50), return_tensors="pt").pixel_values
+    assert torch.equal(padded, expected)

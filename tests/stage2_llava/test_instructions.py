@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -23,7 +24,7 @@ from PIL import Image
 
 from dcr_mllm.conversation import Turn
 from dcr_mllm.errors import UserError
-from stage2_llava import instructions as module
+from stage2_llava import image_roots, instructions, record_files
 from stage2_llava.instructions import Instructions, Sample, load_instructions
 
 TURNS = (("human", "<image>\nWhat is it?"), ("gpt", "A red square."))
@@ -176,7 +177,7 @@ def test_elements_may_be_cut_anywhere_while_reading(
     records = [text_record(i, turns) for i in range(5)] + [record(score=-1.5e10, flags=[True, None])]
     wanted = list(load_instructions(write_lines(tmp_path / "a.jsonl", records), images))
     for chunk in (17, 64, 301):
-        monkeypatch.setattr(module, "_CHUNK", chunk)
+        monkeypatch.setattr(record_files, "_CHUNK", chunk)
         for options in ({}, {"indent": 1}, {"ensure_ascii": False}):
             loaded = load_instructions(write_json(tmp_path / "a.json", records, **options), images)
             assert [sample.turns for sample in loaded] == [sample.turns for sample in wanted]
@@ -349,7 +350,7 @@ def test_unreadable_json(tmp_path: Path, content: bytes, message: str, monkeypat
     path = tmp_path / "bad.json"
     path.write_bytes(content)
     for chunk in (1 << 22, 5):
-        monkeypatch.setattr(module, "_CHUNK", chunk)
+        monkeypatch.setattr(record_files, "_CHUNK", chunk)
         with pytest.raises(UserError, match=message) as caught:
             load_instructions(str(path), None, drop_missing=True)
         assert str(path) in str(caught.value)
@@ -365,7 +366,7 @@ def test_line_and_column_are_right_far_into_a_file(tmp_path: Path, monkeypatch: 
     except json.JSONDecodeError as error:
         expected = f"line {error.lineno}, column {error.colno} "
     for chunk in (1 << 22, 1000, 33):
-        monkeypatch.setattr(module, "_CHUNK", chunk)
+        monkeypatch.setattr(record_files, "_CHUNK", chunk)
         with pytest.raises(UserError, match=expected):
             load_instructions(str(tmp_path / "a.json"), None)
 
@@ -373,7 +374,7 @@ def test_line_and_column_are_right_far_into_a_file(tmp_path: Path, monkeypatch: 
 def test_an_error_early_in_a_file_does_not_make_it_read_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CHUNK", 1000)
+    monkeypatch.setattr(record_files, "_CHUNK", 1000)
     # Not UTF-8 at its end: who reads that far says so.
     (tmp_path / "a.json").write_bytes(b'[{"a": 1} oops' + b" " * 200_000 + b"\xff]")
     with pytest.raises(UserError, match="line 1, column 11 "):
@@ -645,7 +646,7 @@ def test_images_of_tars_are_read_by_several_processes(tmp_path: Path, method: st
     loaded = load_instructions(write_tar(tmp_path / "a.tar", members), None)
     assert _widths(loaded) == list(range(1, 41))  # opens the handle that forked processes share
     # They share its position as well, which is why nobody may move or use it.
-    assert os.lseek(module._open_handle(str(tmp_path / "a.tar")).descriptor, 0, os.SEEK_CUR) == 0
+    assert os.lseek(image_roots._open_handle(str(tmp_path / "a.tar")).descriptor, 0, os.SEEK_CUR) == 0
     with multiprocessing.get_context(method).Pool(3) as pool:
         assert pool.map(_widths, [loaded] * 9) == [list(range(1, 41))] * 9
 
@@ -653,8 +654,8 @@ def test_images_of_tars_are_read_by_several_processes(tmp_path: Path, method: st
 def test_more_tars_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(12):
         write_tar(tmp_path / f"{number:02d}.tar", {"a.png": encoded(size=(number + 1, 4)), "a.txt": b"x"})
-    handles = module.functools.lru_cache(maxsize=3)(module._Handle)
-    monkeypatch.setattr(module, "_open_handle", handles)
+    handles = functools.lru_cache(maxsize=3)(image_roots._Handle)
+    monkeypatch.setattr(image_roots, "_open_handle", handles)
     loaded = load_instructions(f"{tmp_path}/*.tar", None)
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     assert _widths(loaded) == _widths(loaded) == list(range(1, 13))
@@ -675,4 +676,9 @@ def test_nothing_heavy_is_imported(tmp_path: Path, images: str) -> None:
 
 
 def test_fractions_of_weights_round_to_the_nearest() -> None:
-    assert [len(module._weighted(np.arange(7), weight)) for weight in (0.5, 1.5, 2.07, math.pi)] == [4, 11, 14, 22]
+    assert [len(instructions._weighted(np.arange(7), weight)) for weight in (0.5, 1.5, 2.07, math.pi)] == [
+        4,
+        11,
+        14,
+        22,
+    ]

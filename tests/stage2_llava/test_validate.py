@@ -14,7 +14,7 @@ import pytest
 
 from dcr_mllm.conversation import TEMPLATES
 from dcr_mllm.errors import UserError
-from stage2_llava import instructions, validate
+from stage2_llava import image_roots, validate
 from stage2_llava.instructions import load_instructions
 from tests.stage2_llava.test_instructions import (
     TURNS,
@@ -222,7 +222,7 @@ def test_a_worker_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_image_is_decoded_once(mixed: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    monkeypatch.setattr(instructions.Images, "open", lambda self, name: decoded.append(name))
+    monkeypatch.setattr(image_roots.Images, "open", lambda self, name: decoded.append(name))
     validate.validate([mixed[0]], [mixed[1]], num_workers=1)
     assert sorted(decoded) == ["cut.jpg", "page.png", "x.png"]
 
