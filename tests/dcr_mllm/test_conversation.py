@@ -64,7 +64,8 @@ def test_plain_drops_the_question_and_ends_with_a_newline():
 
 def test_chatml_text():
     assert rendered("chatml", TURNS) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is this?<|im_end|>\n"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nWhat is this?<|im_end|>\n"
         "<|im_start|>assistant\nA café, 漢字 {braces}.<|im_end|>\n<|im_start|>user\nHow many {}?<|im_end|>\n"
         "<|im_start|>assistant\ntwo<|im_end|>\n"
     )

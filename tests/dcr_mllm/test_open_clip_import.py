@@ -1,4 +1,4 @@
-"""An open_clip ViT becomes a CLIPModel with the same outputs, tokens and pixels; what does not fit is refused by name."""
+"""An open_clip ViT becomes a CLIPModel with the same outputs, tokens and pixels; what does not fit is refused."""
 
 from __future__ import annotations
 

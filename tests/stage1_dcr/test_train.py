@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
+from tests.processes import clean_environment, kill_when_there, run_to_end
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS = 12
@@ -47,24 +46,13 @@ def command(folder: Path, settings: dict, **changes: object) -> tuple[list[str],
     folder.mkdir(exist_ok=True)
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump({**settings, "run": "test", "runs_dir": str(folder / "runs"), **changes}))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NPROC"):
-        environment.pop(name, None)
-    return [sys.executable, "-m", "stage1_dcr", str(config)], environment
+    return [sys.executable, "-m", "stage1_dcr", str(config)], clean_environment()
 
 
 def run(folder: Path, settings: dict, processes: int = 1, **changes: object) -> Path:
     """Run to the end; returns the run directory."""
     argv, environment = command(folder, settings, **changes)
-    environment["NPROC"] = str(processes)
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    run_to_end(argv, {**environment, "NPROC": str(processes)})
     return folder / "runs" / "test"
 
 
@@ -72,15 +60,7 @@ def kill_after(folder: Path, settings: dict, checkpoint: str) -> None:
     """Start, and kill -9 as soon as a checkpoint is complete."""
     argv, environment = command(folder, settings)
     marker = folder / "runs" / "test" / "checkpoints" / checkpoint / "COMPLETE"
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(argv, env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 300
-        while not marker.exists():
-            assert process.poll() is None, (folder / "log.txt").read_text()[-4000:]
-            assert time.monotonic() < deadline, f"no {marker}"
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    kill_when_there(argv, environment, marker, folder / "log.txt")
 
 
 def losses(directory: Path) -> list[tuple[str, int, float]]:

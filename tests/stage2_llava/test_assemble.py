@@ -79,9 +79,20 @@ def test_tied_embeddings_stay_tied(tiny_clip: Path, tiny_qwen: Path):
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-def test_generation_ends_where_the_template_does(tiny_clip: Path, tiny_qwen: Path):
-    model, processor, template = assemble(tiny_clip, tiny_qwen)
-    assert processor.tokenizer.convert_tokens_to_ids(template.end) in model.generation_config.eos_token_id
+def test_generation_ends_where_the_template_does(tiny_clip: Path, tiny_qwen: Path, tmp_path: Path):
+    """Base models end texts with another token than ChatML ends answers with: both have to stop generation."""
+    import shutil
+
+    from transformers import AutoTokenizer, GenerationConfig
+
+    shutil.copytree(tiny_qwen, tmp_path / "qwen")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "qwen")
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path / "qwen")
+    GenerationConfig(eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "qwen")
+    model, processor, template = assemble(tiny_clip, tmp_path / "qwen")
+    expected = processor.tokenizer.convert_tokens_to_ids([template.end, "<|endoftext|>"])
+    assert template.end == "<|im_end|>" and sorted(model.generation_config.eos_token_id) == sorted(expected)
     assert model.generation_config.do_sample is False
 
 

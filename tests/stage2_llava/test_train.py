@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dcr_mllm.llava import load_llava, load_processor
+from tests.processes import clean_environment, kill_when_there, run_to_end
 from tests.stage2_llava.data import write_data
 
 REPOSITORY = Path(__file__).parents[2]
@@ -55,24 +53,13 @@ def command(folder: Path, settings: dict[str, Any], **changes: Any) -> tuple[lis
     for key, value in changes.items():
         merged[key] = {**merged[key], **value} if key in ("align", "instruct") else value
     (folder / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in merged.items() if v is not None}))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NPROC"):
-        environment.pop(name, None)
-    return [sys.executable, "-m", "stage2_llava", str(folder / "config.yaml")], environment
+    return [sys.executable, "-m", "stage2_llava", str(folder / "config.yaml")], clean_environment()
 
 
 def run(folder: Path, settings: dict[str, Any], processes: int = 1, **changes: Any) -> Path:
     """Run to the end; returns the run directory."""
     argv, environment = command(folder, settings, **changes)
-    environment["NPROC"] = str(processes)
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=800, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    run_to_end(argv, {**environment, "NPROC": str(processes)})
     return folder / "runs" / "test"
 
 
@@ -80,15 +67,7 @@ def kill_after(folder: Path, settings: dict[str, Any], checkpoint: str) -> None:
     """Start, and kill -9 as soon as a checkpoint is complete."""
     argv, environment = command(folder, settings)
     marker = folder / "runs" / "test" / "base" / "checkpoints" / checkpoint / "COMPLETE"
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(argv, env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 250
-        while not marker.exists():
-            assert process.poll() is None, (folder / "log.txt").read_text()[-4000:]
-            assert time.monotonic() < deadline, f"no {marker}"
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    kill_when_there(argv, environment, marker, folder / "log.txt")
 
 
 def losses(directory: Path) -> list[tuple[str, int, float]]:
