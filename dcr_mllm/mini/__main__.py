@@ -1,6 +1,6 @@
 """Build the miniature, or draw its benchmarks.
 
-python -m dcr_mllm.mini build --out DIR [--part tower|denoiser|card|all] [--clip-steps N] ...
+python -m dcr_mllm.mini build --out DIR [--part tower|denoiser|llm|card|all] [--clip-steps N] ...
 python -m dcr_mllm.mini benchmarks --out DIR [--split test|validation] [--pairs-per-pattern 100]
 """
 
@@ -16,12 +16,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dcr_mllm.mini", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="train the miniature's weights from nothing")
-    build.add_argument("--out", type=Path, required=True, help="folder for tower/, denoiser/ and the card")
-    build.add_argument("--part", choices=("tower", "denoiser", "card", "all"), default="all")
+    build.add_argument("--out", type=Path, required=True, help="folder for tower/, denoiser/, llm/ and the card")
+    build.add_argument("--part", choices=("tower", "denoiser", "llm", "card", "all"), default="all")
     build.add_argument("--clip-steps", type=int)
     build.add_argument("--detail-steps", type=int)
     build.add_argument("--vae-steps", type=int)
     build.add_argument("--unet-steps", type=int)
+    build.add_argument("--llm-steps", type=int)
     build.add_argument("--seed", type=int, default=0)
     benchmarks = commands.add_parser("benchmarks", help="draw mmvp_vlm/, mmvp/ and labelled/")
     benchmarks.add_argument("--out", type=Path, required=True)
@@ -44,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.part in ("denoiser", "all"):
         vae_steps, unet_steps = options.vae_steps or builder.VAE_STEPS, options.unet_steps or builder.UNET_STEPS
         builder.build_denoiser(options.out, vae_steps, unet_steps, options.seed)
+    if options.part in ("llm", "all"):
+        builder.build_language_model(options.out, options.llm_steps or builder.LLM_STEPS, options.seed)
     if options.part in ("card", "all"):
         print(builder.write_card(options.out)["quality"])
     return 0

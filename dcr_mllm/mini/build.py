@@ -11,11 +11,12 @@ from PIL import Image
 
 from dcr_mllm.mini.clip import build_image_processor, train_clip, zero_shot_accuracy
 from dcr_mllm.mini.diffusion import generate, save_denoiser, train_unet, train_vae
+from dcr_mllm.mini.llm import text_accuracy, train_llm
 from dcr_mllm.mini.world import IMAGE_SIZE, draw, full_caption, random_scene
 from dcr_mllm.runs import hash_directory, package_versions, write_json_atomic
 
 WEIGHTS = Path(__file__).parent / "weights"
-CLIP_STEPS, DETAIL_STEPS, VAE_STEPS, UNET_STEPS = 4500, 1500, 2000, 8000
+CLIP_STEPS, DETAIL_STEPS, VAE_STEPS, UNET_STEPS, LLM_STEPS = 4500, 1500, 2000, 8000, 3500
 
 
 def build_tower(out: Path, steps: int = CLIP_STEPS, detail_steps: int = DETAIL_STEPS, seed: int = 0) -> None:
@@ -36,9 +37,19 @@ def build_denoiser(out: Path, vae_steps: int = VAE_STEPS, unet_steps: int = UNET
     save_denoiser(out / "denoiser", vae, unet, text_encoder, tokenizer)
 
 
+def build_language_model(out: Path, steps: int = LLM_STEPS, seed: int = 0) -> None:
+    """Train the mini LLM and write `out/llm` (fp16) and its curve."""
+    model, tokenizer, curve = train_llm(steps, seed)
+    model.half().save_pretrained(out / "llm")
+    tokenizer.save_pretrained(out / "llm")
+    _write_curve(out, "llm", seed, curve)
+
+
 def write_card(out: Path) -> dict:
-    """Measure what was built and write `card.json`, `README.md` and `samples.png` beside it."""
-    quality = {**tower_quality(out / "tower"), **denoiser_quality(out / "denoiser")}
+    """Measure the parts that are there and write `card.json`, `README.md` and `samples.png` beside them."""
+    measures = {"tower": tower_quality, "denoiser": denoiser_quality, "llm": llm_quality}
+    parts = [part for part in measures if (out / part).is_dir()]
+    quality = {name: value for part in parts for name, value in measures[part](out / part).items()}
     curves = {path.stem: json.loads(path.read_text()) for path in sorted((out / "curves").glob("*.json"))}
     steps = {name: curve["steps"] for name, curve in curves.items()}
     card = {
@@ -47,12 +58,14 @@ def write_card(out: Path) -> dict:
         "seeds": {name: curve["seed"] for name, curve in curves.items()},
         "quality": quality,
         "curves": {name: curve["curve"] for name, curve in curves.items()},
-        "hashes": {part: hash_directory(out / part) for part in ("tower", "denoiser")},
+        "hashes": {part: hash_directory(out / part) for part in parts},
         "packages": package_versions(("torch", "transformers", "diffusers", "numpy", "pillow")),
     }
     write_json_atomic(out / "card.json", card)
-    samples(out / "denoiser").save(out / "samples.png")
-    (out / "README.md").write_text(_README.format(**quality, **{f"{n}_steps": s for n, s in steps.items()}))
+    if "denoiser" in parts:
+        samples(out / "denoiser").save(out / "samples.png")
+    rows = "\n".join(row.format(steps=steps[name], **quality) for name, row in _ROWS.items() if name in steps)
+    (out / "README.md").write_text(_README.format(rows=rows))
     return card
 
 
@@ -63,6 +76,15 @@ def tower_quality(tower: Path, num_images: int = 1920) -> dict[str, float]:
     model = CLIPModel.from_pretrained(tower, dtype=torch.float32)
     accuracy = zero_shot_accuracy(model, AutoTokenizer.from_pretrained(tower), "test", num_images)
     return {"zero_shot": round(100 * accuracy, 1)}
+
+
+def llm_quality(llm: Path) -> dict[str, float]:
+    """Share of questions about described test scenes that are answered exactly, in percent, over the four forms."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(llm, dtype=torch.float32).eval()
+    accuracy = text_accuracy(model, AutoTokenizer.from_pretrained(llm), "test")
+    return {f"text_{form}": round(100 * value, 1) for form, value in accuracy.items()}
 
 
 @torch.inference_mode()
@@ -120,18 +142,24 @@ def _write_curve(out: Path, name: str, seed: int, curve: list[dict]) -> None:
     write_json_atomic(out / "curves" / f"{name}.json", record)
 
 
+_ROWS = {  # by the name of the curve
+    "clip": "| mini CLIP | {steps} steps on coarse captions; zero-shot on 96 classes of test scenes {zero_shot} % |",
+    "vae": "| VAE | {steps} steps; reconstruction PSNR {psnr} dB |",
+    "unet": "| UNet and text encoder | {steps} steps on full captions; error of the velocity {error_own} with the "
+    "right caption, {error_empty} with none, {error_wrong} with another scene's |",
+    "llm": "| mini LLM | {steps} steps on questions about scenes described in words; of test scenes it answers right "
+    "{text_short} % (short), {text_yesno} % (yes or no), {text_choice} % (letter), {text_existence} % (existence) |",
+}
 _README = """# The miniature's weights
 
-A mini CLIP (`tower/`) and a mini Stable Diffusion (`denoiser/`), trained from nothing on scenes that
-`dcr_mllm.mini.world` draws. They are a controlled experiment: their numbers say nothing about real models.
+A mini CLIP (`tower/`), a mini Stable Diffusion (`denoiser/`) and a mini LLM (`llm/`), trained from nothing on scenes
+that `dcr_mllm.mini.world` draws or describes. They are a controlled experiment: their numbers say nothing about real
+models.
 
 | | |
 |---|---|
-| mini CLIP | {clip_steps} steps on coarse captions; zero-shot on 96 classes of test scenes {zero_shot} % |
-| VAE | {vae_steps} steps; reconstruction PSNR {psnr} dB |
-| UNet and text encoder | {unet_steps} steps on full captions; error of the velocity {error_own} with the right \
-caption, {error_empty} with none, {error_wrong} with another scene's |
+{rows}
 
-Rebuild: `python -m dcr_mllm.mini build --out DIR` (about two hours of processor time). Steps, seeds,
+Rebuild: `python -m dcr_mllm.mini build --out DIR` (about three hours of processor time). Steps, seeds,
 curves, hashes and package versions are in `card.json`; `samples.png` shows drawn scenes above and generated ones below.
 """

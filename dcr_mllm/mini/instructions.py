@@ -1,0 +1,286 @@
+"""Instruction data of the drawn world in LLaVA's JSON: captions to align with, conversations to tune on, held-out ones.
+
+Every answer follows from a scene's attributes, so that all data are right by construction. They are balanced as well:
+without the image nobody can answer a question about it better than by chance. Training data come from training scenes,
+held-out questions from test scenes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dcr_mllm.conversation import IMAGE_TOKEN
+from dcr_mllm.mini.data import _QUESTIONS, _draw_once, _write_csv
+from dcr_mllm.mini.world import ATTRIBUTES, COLOURS, KINDS, Scene, draw, full_caption, random_scene
+
+CLASS_QUESTIONS = {
+    "colour": "What colour is the object in the middle?",
+    "kind": "What is the object in the middle?",
+}
+FORMS = ("short", "yesno", "choice", "existence")  # how a closed question may be put
+SHORT_SUFFIX = "\nAnswer the question using a single word or phrase."  # LLaVA's, and that of lmms-eval
+CHOICE_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
+
+# What may be asked of a scene, and the words for each value: the nine details, and what coarse captions name as well.
+_VALUES: dict[str, dict[str, str]] = {
+    **ATTRIBUTES,
+    "colour": {name: name for name in COLOURS},
+    "kind": {name: name for name in KINDS},
+}
+# The question itself would be one of yes or no; a short answer is to name the value.
+_NAMING_QUESTIONS = {
+    "presence": "Is the {} plain or does it have a spot?",
+    "state": "Is the {} glowing or dull?",
+}
+_THINGS = ("presence", "quantity", "position", "text")  # details that are things of their own
+_DESCRIPTION_REQUESTS = ("Describe the image.", "What does the image show?", "Give a description of the image.")
+
+
+class Question(NamedTuple):
+    """One question about a scene with its only right answer; `attribute` and `form` say what it asks and how."""
+
+    text: str
+    answer: str
+    attribute: str
+    form: str
+
+
+def ask(scene: Scene, attribute: str, form: str, affirm: bool, rng: np.random.Generator) -> Question:
+    """A closed question about one attribute of a scene.
+
+    Args:
+        scene: What the question is about.
+        attribute: One of the nine, or `colour` or `kind`.
+        form: One of `FORMS`.
+        affirm: Whether the answer is `Yes`, or `A` where two options are offered; no matter for short answers.
+        rng: Draws the wrong value that is asked after or offered, and the wording.
+    """
+    value = getattr(scene, attribute)
+    phrases = _VALUES[attribute]
+    others = [other for other in phrases if other != value]
+    other = others[int(rng.integers(len(others)))]
+    question = {**_QUESTIONS, **CLASS_QUESTIONS}[attribute].format(scene.label)
+    if form == "short":
+        text = _NAMING_QUESTIONS.get(attribute, question).format(scene.label)
+        return Question(text + SHORT_SUFFIX, value.lower(), attribute, form)
+    if form == "choice":
+        options = [phrases[value], phrases[other]] if affirm else [phrases[other], phrases[value]]
+        return _choice(question, options, 0 if affirm else 1, attribute)
+    asked = value if affirm else other
+    text = _yes_no(scene, attribute, asked) if form == "yesno" else _existence(scene, attribute, asked, rng)
+    return Question(text + SHORT_SUFFIX, "Yes" if affirm else "No", attribute, form)
+
+
+def ask_among_all(scene: Scene, attribute: str, rng: np.random.Generator) -> Question:
+    """A question that offers every value of an attribute in random order, for its letter."""
+    values = [str(value) for value in rng.permutation(list(ATTRIBUTES[attribute]))]
+    options = [ATTRIBUTES[attribute][value] for value in values]
+    question = _QUESTIONS[attribute].format(scene.label)
+    return _choice(question, options, values.index(getattr(scene, attribute)), attribute)
+
+
+def ask_for_description(scene: Scene, rng: np.random.Generator) -> Question:
+    """A request for the full caption, in one of several wordings."""
+    text = _DESCRIPTION_REQUESTS[int(rng.integers(len(_DESCRIPTION_REQUESTS)))]
+    return Question(text, full_caption(scene, rng), "all", "description")
+
+
+def ask_about_world(rng: np.random.Generator) -> Question:
+    """A question that needs no scene: what is a colour, what is a kind of object, which number is larger."""
+    colour, kind = _pick(rng, list(COLOURS)), _pick(rng, list(KINDS))
+    topic = int(rng.integers(3))
+    if topic == 0:
+        word, answer = ((colour, "Yes"), (kind, "No"))[int(rng.integers(2))]
+        return Question(f"Is {word} a colour?{SHORT_SUFFIX}", answer, "world", "yesno")
+    if topic == 1:
+        options = [colour, kind] if rng.random() < 0.5 else [kind, colour]
+        wanted, name = ((colour, "a colour"), (kind, "a kind of object"))[int(rng.integers(2))]
+        return _choice(f"Which of these is {name}?", options, options.index(wanted), "world")
+    numbers = list(ATTRIBUTES["quantity"])  # in ascending order
+    first, second = rng.permutation(len(numbers))[:2]
+    text = f"Which number is larger, {numbers[first]} or {numbers[second]}?"
+    return Question(text + SHORT_SUFFIX, numbers[max(first, second)], "world", "short")
+
+
+def draw_questions(scene: Scene, rng: np.random.Generator, num_turns: int) -> list[Question]:
+    """Questions about one scene for the turns of a conversation, none of them answered by an earlier turn.
+
+    The object's class comes first or never, because every other question names it; each detail is asked after once; a
+    description, which tells everything, comes last.
+    """
+    plan: list[tuple[str, str]] = []
+    if rng.random() < 0.3:
+        names = [str(name) for name in rng.permutation(list(CLASS_QUESTIONS))]
+        if rng.random() < 0.4:
+            plan = [(names[0], "existence")]  # names an object, so that no other question of class may follow
+        else:
+            plan = [(name, _pick(rng, FORMS[:3])) for name in names[: 1 + int(rng.integers(2))]]
+    plan += [(str(name), _pick(rng, FORMS)) for name in rng.permutation(list(ATTRIBUTES))]
+    questions = []
+    for attribute, form in plan[:num_turns]:
+        if form == "choice" and len(_VALUES[attribute]) in (3, 4) and rng.random() < 0.3:
+            questions.append(ask_among_all(scene, attribute, rng))
+        else:
+            questions.append(ask(scene, attribute, form, bool(rng.random() < 0.5), rng))
+    if rng.random() < 0.2:
+        questions[-1] = ask_for_description(scene, rng)
+    return questions
+
+
+def conversation(questions: Sequence[Question], context: str = "") -> list[dict[str, str]]:
+    """Questions and answers as LLaVA's `conversations`; what they are about stands before the first question."""
+    turns = []
+    for index, question in enumerate(questions):
+        text = f"{context}\n{question.text}" if index == 0 and context else question.text
+        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": question.answer}]
+    return turns
+
+
+def align_samples(num_samples: int, seed: int = 0) -> list[tuple[dict[str, Any], Scene]]:
+    """Image and full caption, for alignment: samples of LLaVA's JSON with the training scenes they show."""
+    rng = np.random.default_rng((seed, 0))
+    samples = []
+    for index in range(num_samples):
+        scene = random_scene(rng, "train")
+        samples.append((_sample(f"align-{index:05d}", [ask_for_description(scene, rng)]), scene))
+    return samples
+
+
+def instruct_samples(num_samples: int, seed: int = 0) -> list[tuple[dict[str, Any], Scene | None]]:
+    """Conversations about images of training scenes, a quarter of them of one turn, the others of three to six.
+
+    One in twelve has no image: a description in words stands in for it, or the questions need none (scene None).
+    """
+    rng = np.random.default_rng((seed, 1))
+    samples: list[tuple[dict[str, Any], Scene | None]] = []
+    for index in range(num_samples):
+        identifier = f"instruct-{index:05d}"
+        num_turns = 1 if rng.random() < 0.25 else int(rng.integers(3, 7))
+        kind = rng.random()
+        if kind < 0.02:
+            questions = [ask_about_world(rng) for _ in range(num_turns)]
+            samples.append(({"id": identifier, "conversations": conversation(questions)}, None))
+            continue
+        scene = random_scene(rng, "train")
+        questions = draw_questions(scene, rng, num_turns)
+        if kind < 1 / 12:
+            turns = conversation(questions, context=f"The image shows {full_caption(scene, rng)}.")
+            samples.append(({"id": identifier, "conversations": turns}, scene))
+        else:
+            samples.append((_sample(identifier, questions), scene))
+    return samples
+
+
+def heldout_questions(num_per_cell: int, split: str = "test", seed: int = 0) -> list[tuple[Question, Scene]]:
+    """Closed questions with the scenes of a split that they are about, as many for each attribute and form.
+
+    Within a cell the values take turns, and so do `Yes` and `No` or the letters, for each value alike.
+    """
+    rng = np.random.default_rng((seed, 2))
+    questions = []
+    for attribute, phrases in _VALUES.items():
+        values = list(phrases)
+        for form in FORMS:
+            for index in range(num_per_cell):
+                scene = random_scene(rng, split)
+                while getattr(scene, attribute) != values[index % len(values)]:
+                    scene = random_scene(rng, split)
+                # With an even number of values, each of their rounds starts with the other answer.
+                affirm = (index + (index // len(values) if len(values) % 2 == 0 else 0)) % 2 == 0
+                questions.append((ask(scene, attribute, form, affirm, rng), scene))
+    return questions
+
+
+def heldout_samples(num_per_cell: int, seed: int = 0) -> list[tuple[dict[str, Any], Scene]]:
+    """`heldout_questions` on images of test scenes, of one turn each, with attribute and form as extra keys."""
+    samples = []
+    for index, (question, scene) in enumerate(heldout_questions(num_per_cell, "test", seed)):
+        sample = _sample(f"heldout-{index:05d}", [question])
+        samples.append(({**sample, "attribute": question.attribute, "form": question.form}, scene))
+    return samples
+
+
+def write_instruction_data(
+    directory: Path, num_align: int = 4000, num_instruct: int = 6000, num_heldout_per_cell: int = 24, seed: int = 2
+) -> Path:
+    """Draw `align.json`, `instruct.json`, `heldout.json` and the images that they name, unless they are there.
+
+    Beside them, `scenes.csv` tells what each sample shows, for tests and analyses; nothing trains on it.
+
+    Args:
+        directory: The folder; images are named relative to it.
+        num_align: Captions, all on scenes of their own.
+        num_instruct: Conversations, all on scenes of their own.
+        num_heldout_per_cell: Questions for each of eleven attributes (class included) in each of four forms.
+        seed: Of everything.
+    """
+
+    def write(temporary: Path) -> None:
+        (temporary / "images").mkdir(parents=True)
+        rows: list[tuple] = []
+        for name, samples in (
+            ("align", align_samples(num_align, seed)),
+            ("instruct", instruct_samples(num_instruct, seed)),
+            ("heldout", heldout_samples(num_heldout_per_cell, seed)),
+        ):
+            for sample, scene in samples:
+                if scene is not None:
+                    rows.append((sample["id"], *scene.content(), scene.jitter))
+                    if "image" in sample:
+                        draw(scene).save(temporary / sample["image"], compress_level=1)
+            text = json.dumps([sample for sample, _ in samples], indent=1)
+            (temporary / f"{name}.json").write_text(text + "\n")
+        _write_csv(temporary / "scenes.csv", ("id", "kind", "colour", *ATTRIBUTES, "jitter"), rows)
+
+    _draw_once(directory, write)
+    return directory
+
+
+def _sample(identifier: str, questions: Sequence[Question]) -> dict[str, Any]:
+    turns = conversation(questions, context=IMAGE_TOKEN)
+    return {"id": identifier, "image": f"images/{identifier}.png", "conversations": turns}
+
+
+def _choice(question: str, options: Sequence[str], correct: int, attribute: str) -> Question:
+    listed = "".join(f"\n{chr(ord('A') + index)}. {option}" for index, option in enumerate(options))
+    return Question(f"{question}{listed}{CHOICE_SUFFIX}", chr(ord("A") + correct), attribute, "choice")
+
+
+def _yes_no(scene: Scene, attribute: str, value: str) -> str:
+    if attribute == "colour":
+        return f"Is the object in the middle {value}?"
+    if attribute == "kind":
+        return f"Is the object in the middle {_a(value)}?"
+    phrase = ATTRIBUTES[attribute][value]
+    if phrase.startswith("with "):
+        return f"Does the {scene.label} have {phrase.removeprefix('with ')}?"
+    return f"Is the {scene.label} {'dull' if value == 'dull' else phrase}?"  # `not glowing` would invite a double no
+
+
+def _existence(scene: Scene, attribute: str, value: str, rng: np.random.Generator) -> str:
+    """Asks whether the image has the object, or the detail, as `value` would have it."""
+    if attribute in CLASS_QUESTIONS:
+        labels = {"colour": scene.colour, "kind": scene.kind, attribute: value}
+        if value != getattr(scene, attribute) and rng.random() < 1 / 3:  # one in three differs in both
+            second = "kind" if attribute == "colour" else "colour"
+            labels[second] = _pick(rng, [name for name in _VALUES[second] if name != labels[second]])
+        label = "{colour} {kind}".format(**labels)
+        return f"Is there {_a(label)} in the image?"
+    phrase = ATTRIBUTES[attribute][value]
+    if attribute in _THINGS and value != "plain" and rng.random() < 0.5:
+        verb = "Are" if value in ("two", "three") else "Is"
+        return f"{verb} there {phrase.split(' ', 1)[1]} in the image?"
+    return f"Is there {_a(scene.label)} {phrase} in the image?"
+
+
+def _a(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _pick(rng: np.random.Generator, values: Sequence[str]) -> str:
+    return values[int(rng.integers(len(values)))]
