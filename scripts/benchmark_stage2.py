@@ -239,7 +239,7 @@ def measure_align(model: Any) -> dict[str, Any]:
 
 
 def build_model() -> Any:
-    """A LLaVA with a ViT of 4 layers x 128 at 336 px and a Llama of 6 layers x 256."""
+    """A LLaVA with a ViT of 4 layers x 128 at 336 px and a Llama of 6 layers x 192."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -253,8 +253,8 @@ def build_model() -> Any:
     )
     text = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=688,
+        hidden_size=192,
+        intermediate_size=512,
         num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=4,

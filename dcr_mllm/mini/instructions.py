@@ -16,7 +16,7 @@ import numpy as np
 
 from dcr_mllm.conversation import IMAGE_TOKEN
 from dcr_mllm.mini.data import _QUESTIONS, _draw_once, _write_csv
-from dcr_mllm.mini.world import ATTRIBUTES, COLOURS, KINDS, Scene, draw, full_caption, random_scene
+from dcr_mllm.mini.world import ATTRIBUTES, COLOURS, KINDS, Scene, detail_phrase, draw, full_caption, random_scene
 
 CLASS_QUESTIONS = {
     "colour": "What colour is the object in the middle?",
@@ -107,14 +107,20 @@ def ask_about_world(rng: np.random.Generator) -> Question:
     return Question(text + SHORT_SUFFIX, numbers[max(first, second)], "world", "short")
 
 
-def draw_questions(scene: Scene, rng: np.random.Generator, num_turns: int) -> list[Question]:
+def draw_questions(scene: Scene, rng: np.random.Generator, num_turns: int, class_share: float = 0.3) -> list[Question]:
     """Questions about one scene for the turns of a conversation, none of them answered by an earlier turn.
 
     The object's class comes first or never, because every other question names it; each detail is asked after once; a
     description, which tells everything, comes last.
+
+    Args:
+        scene: What they are about.
+        rng: Draws them.
+        num_turns: At most so many.
+        class_share: How often the object's class is asked after.
     """
     plan: list[tuple[str, str]] = []
-    if rng.random() < 0.3:
+    if rng.random() < class_share:
         names = [str(name) for name in rng.permutation(list(CLASS_QUESTIONS))]
         if rng.random() < 0.4:
             plan = [(names[0], "existence")]  # names an object, so that no other question of class may follow
@@ -142,17 +148,23 @@ def conversation(questions: Sequence[Question], context: str = "") -> list[dict[
 
 
 def align_samples(num_samples: int, seed: int = 0) -> list[tuple[dict[str, Any], Scene]]:
-    """Image and full caption, for alignment: samples of LLaVA's JSON with the training scenes they show."""
+    """Image and short caption, for alignment: samples of LLaVA's JSON with the training scenes they show.
+
+    Short as LLaVA's own captions are: class and one detail. In a full caption most of what is to be predicted is the
+    order of its phrases, which no image tells.
+    """
     rng = np.random.default_rng((seed, 0))
     samples = []
     for index in range(num_samples):
         scene = random_scene(rng, "train")
-        samples.append((_sample(f"align-{index:05d}", [ask_for_description(scene, rng)]), scene))
+        request = ask_for_description(scene, rng)
+        caption = f"a {scene.label} {detail_phrase(scene, _pick(rng, list(ATTRIBUTES)))}"
+        samples.append((_sample(f"align-{index:05d}", [request._replace(answer=caption)]), scene))
     return samples
 
 
 def instruct_samples(num_samples: int, seed: int = 0) -> list[tuple[dict[str, Any], Scene | None]]:
-    """Conversations about images of training scenes, a quarter of them of one turn, the others of three to six.
+    """Conversations about images of training scenes, most of three to five turns.
 
     One in twelve has no image: a description in words stands in for it, or the questions need none (scene None).
     """
@@ -167,13 +179,24 @@ def instruct_samples(num_samples: int, seed: int = 0) -> list[tuple[dict[str, An
             samples.append(({"id": identifier, "conversations": conversation(questions)}, None))
             continue
         scene = random_scene(rng, "train")
-        questions = draw_questions(scene, rng, num_turns)
         if kind < 1 / 12:
+            questions = draw_questions(scene, rng, num_turns)
             turns = conversation(questions, context=f"The image shows {full_caption(scene, rng)}.")
             samples.append(({"id": identifier, "conversations": turns}, scene))
         else:
-            samples.append((_sample(identifier, questions), scene))
+            samples.append((_sample(identifier, _questions_on_image(scene, rng)), scene))
     return samples
+
+
+def _questions_on_image(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Mostly colour and kind, which a model that is new to images can learn first, then one to three details."""
+    details = draw_questions(scene, rng, int(rng.integers(1, 4)), class_share=0.0)
+    if rng.random() < 0.2:
+        return details
+    forms = ["short" if rng.random() < 0.7 else _pick(rng, FORMS[:3]) for _ in CLASS_QUESTIONS]
+    names = [str(name) for name in rng.permutation(list(CLASS_QUESTIONS))]
+    first = [ask(scene, name, form, bool(rng.random() < 0.5), rng) for name, form in zip(names, forms, strict=True)]
+    return [*first, *details]
 
 
 def heldout_questions(num_per_cell: int, split: str = "test", seed: int = 0) -> list[tuple[Question, Scene]]:
@@ -197,16 +220,21 @@ def heldout_questions(num_per_cell: int, split: str = "test", seed: int = 0) -> 
 
 
 def heldout_samples(num_per_cell: int, seed: int = 0) -> list[tuple[dict[str, Any], Scene]]:
-    """`heldout_questions` on images of test scenes, of one turn each, with attribute and form as extra keys."""
+    """`heldout_questions` on images of test scenes, of one turn each, with attribute and form as extra keys.
+
+    Short answers five times as often as the other forms: guessing gets least of them right, so that they tell most.
+    """
+    several = [pair for pair in heldout_questions(5 * num_per_cell, "test", seed) if pair[0].form == "short"]
+    others = [pair for pair in heldout_questions(num_per_cell, "test", seed + 1) if pair[0].form != "short"]
     samples = []
-    for index, (question, scene) in enumerate(heldout_questions(num_per_cell, "test", seed)):
+    for index, (question, scene) in enumerate([*several, *others]):
         sample = _sample(f"heldout-{index:05d}", [question])
         samples.append(({**sample, "attribute": question.attribute, "form": question.form}, scene))
     return samples
 
 
 def write_instruction_data(
-    directory: Path, num_align: int = 4000, num_instruct: int = 6000, num_heldout_per_cell: int = 24, seed: int = 2
+    directory: Path, num_align: int = 4000, num_instruct: int = 6000, num_heldout_per_cell: int = 12, seed: int = 2
 ) -> Path:
     """Draw `align.json`, `instruct.json`, `heldout.json` and the images that they name, unless they are there.
 
@@ -216,7 +244,8 @@ def write_instruction_data(
         directory: The folder; images are named relative to it.
         num_align: Captions, all on scenes of their own.
         num_instruct: Conversations, all on scenes of their own.
-        num_heldout_per_cell: Questions for each of eleven attributes (class included) in each of four forms.
+        num_heldout_per_cell: Questions for each of eleven attributes (class included) in each of four forms, short
+            answers five times as many.
         seed: Of everything.
     """
 
