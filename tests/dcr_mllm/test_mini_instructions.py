@@ -277,8 +277,8 @@ def test_training_answers_are_balanced():
 def test_instruct_mixes_turns_and_text():
     samples = [sample for sample, _ in instructions.instruct_samples(2000)]
     num_turns = collections.Counter(len(sample["conversations"]) // 2 for sample in samples)
-    assert set(num_turns) == {1, 3, 4, 5, 6}
-    assert 0.21 < num_turns[1] / 2000 < 0.29
+    assert set(num_turns) == {1, 2, 3, 4, 5, 6}
+    assert sum(num_turns[count] for count in (3, 4, 5)) / 2000 > 0.75
     assert 0.06 < sum("image" not in sample for sample in samples) / 2000 < 0.105
 
 
@@ -453,7 +453,7 @@ def test_build_of_the_llm_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.skipif(not (PACKAGED / "llm").is_dir(), reason="the packaged weights are not there")
 def test_packaged_llm_answers_about_described_scenes():
-    """More than 90 % of 132 questions about test scenes, by generating; and it is the model of the card."""
+    """It is the model of the card, and generates right answers as often as the card says, form by form."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     card = json.loads((PACKAGED / "card.json").read_text())
@@ -462,11 +462,13 @@ def test_packaged_llm_answers_about_described_scenes():
     model = AutoModelForCausalLM.from_pretrained(PACKAGED / "llm", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(PACKAGED / "llm")
     rng = np.random.default_rng(1)
-    right = []
-    for question, scene in instructions.heldout_questions(3, "test", seed=77):
+    right: dict[str, list[bool]] = collections.defaultdict(list)
+    for question, scene in instructions.heldout_questions(6, "test", seed=77):
         turns = [Turn("user", f"{llm.describe(scene, rng)}\n{question.text}")]
         ids = tokenizer(prompt(TEMPLATES["vicuna_v1"], turns), return_tensors="pt").input_ids
         with torch.inference_mode():
             answer = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
-        right.append(tokenizer.decode(answer, skip_special_tokens=True).strip() == question.answer)
-    assert len(right) == 132 and np.mean(right) > 0.9
+        right[question.form].append(tokenizer.decode(answer, skip_special_tokens=True).strip() == question.answer)
+    for form, hits in right.items():  # 66 questions a form: three standard errors are 18 points
+        assert abs(100 * np.mean(hits) - card["quality"][f"text_{form}"]) < 18, form
+    assert np.mean(right["short"]) > 0.5
