@@ -1,4 +1,4 @@
-"""Conversations as text: the templates that training, evaluation and chat share, and LLaVA's square padding.
+"""Conversations as text: the templates that training, evaluation and chat share.
 
 A template turns turns into pieces of text, each marked as to be learned or not, so that the label mask and the prompt
 come from one source; the Jinja form of the same template is what the saved processor carries.
@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dcr_mllm.config import nearest
 from dcr_mllm.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 IMAGE_TOKEN = "<image>"
 
@@ -219,21 +216,3 @@ def _user_text(template: Template, text: str) -> str:
     if template.name == "plain":
         return IMAGE_TOKEN * text.count(IMAGE_TOKEN)
     return template.user.format(image_first(text))
-
-
-def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
-    """Centre an RGB image on a square of the mean colour, as LLaVA-1.5 does (llava/mm_utils.py, expand2square).
-
-    Args:
-        image: Pillow image.
-        mean: Of the image processor, per channel in [0, 1]; the colour is `int(mean * 255)`.
-    """
-    from PIL import Image
-
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    square = Image.new(image.mode, (side, side), tuple(int(value * 255) for value in mean))
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square

@@ -77,7 +77,6 @@ class LlavaSummary:
     select_strategy: str
     vision_feature_layer: int | list[int]
     text_hidden_size: int
-    text_type: str
     tensors: dict[str, TensorHeader]
 
     @property
@@ -218,7 +217,6 @@ def llava_summary(directory: str | os.PathLike[str]) -> LlavaSummary:
         select_strategy=strategy,
         vision_feature_layer=layers,
         text_hidden_size=text["hidden_size"],
-        text_type=text["model_type"],
         tensors=tensors,
     )
 

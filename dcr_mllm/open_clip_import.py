@@ -91,7 +91,7 @@ def convert_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """open_clip's tensors under the names of `CLIPModel`; fused query, key and value are taken apart."""
     converted: dict[str, Tensor] = {}
     for name, value in state.items():
-        name = name.removeprefix("text.") if name.startswith("text.") else name
+        name = name.removeprefix("text.")
         block = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)", name)
         if block:
             side = "vision_model" if block[1] else "text_model"

@@ -18,11 +18,8 @@ from dcr_mllm.errors import UserError
 from dcr_mllm.headers import read_json, resolve_weights
 from dcr_mllm.llava import load_llava, load_processor
 from dcr_mllm.llava_headers import llava_summary
-from dcr_mllm.log import get_logger
 from dcr_mllm.runs import PROVENANCE_FILE, atomic_directory, hash_directory, write_json_atomic
 from stage2_llava.swap import legacy_name
-
-logger = get_logger(__name__)
 
 MERGED = "merged_adapter"
 """Key in `provenance.json` of a LLaVA that an adapter was merged into."""
@@ -70,7 +67,7 @@ def rename_tensors(directory: Path) -> None:
 
 
 def check_merge(base: Path, adapter: Path) -> None:
-    """Refuses to merge an adapter into what is a merge already, or into another LLaVA than it was trained on.
+    """Refuses to merge an adapter into what is a merge already; whether its shapes fit shows when it is loaded.
 
     Raises:
         UserError: See above, or `adapter` is no adapter.

@@ -26,7 +26,7 @@ from stage2_llava.step import tower_features
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-    from stage2_llava.instructions import Instructions, Sample
+    from stage2_llava.instructions import Instructions
 
 logger = get_logger(__name__)
 
@@ -108,11 +108,10 @@ def build_cache(
     """
     directory.mkdir(parents=True, exist_ok=True)
     present = FeatureCache(directory)
-    wanted: dict[str, Sample] = {}
-    for k in range(len(instructions)):
-        sample = instructions[k]
+    wanted: dict[str, int] = {}  # a sample that shows the image, by its index: half a million samples are gigabytes
+    for k, sample in enumerate(instructions):
         for name in sample.images:
-            wanted.setdefault(name, sample)
+            wanted.setdefault(name, k)
     missing = [name for name in sorted(wanted) if name not in present][rank::world_size]
     if not missing:
         return
@@ -123,7 +122,7 @@ def build_cache(
         features: dict[str, Tensor] = {}
         for first in range(0, len(names), batch_size):
             chunk = names[first : first + batch_size]
-            images = [instructions.open_image(wanted[name], name) for name in chunk]
+            images = [instructions.open_image(instructions[wanted[name]], name) for name in chunk]
             values = tower_features(llava, pixels(processor, images).to(device))
             features.update(zip(chunk, values.cpu().unbind(), strict=True))
         stem = hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]

@@ -21,7 +21,7 @@ from dcr_mllm.runs import write_json_atomic
 from stage2_llava.collate import Collator, pixels
 from stage2_llava.instructions import Instructions, load_instructions
 from stage2_llava.labels import encode
-from stage2_llava.step import tower_features
+from stage2_llava.step import learned_logits
 from stage2_llava.train import template_of
 
 _BATCH = 64
@@ -60,26 +60,17 @@ def answered_right(
                 images = [Image.fromarray(rng.integers(0, 256, (i.height, i.width, 3), dtype=np.uint8)) for i in images]
             items.append((encoded, list(pixels(processor, images)) if images else []))
         batch = {name: value.to(model.device) for name, value in collate(items).items()}
-        hits = (_answer_logits(model, batch).argmax(dim=-1) == batch["labels"]).cpu()
+        logits, _ = learned_logits(
+            model,
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["target_positions"],
+            {name: value for name, value in batch.items() if name.endswith("pixel_values")},
+        )
+        hits = (logits.argmax(dim=-1) == batch["labels"]).cpu()
         counts = [sum(label != -100 for label in encoded.labels[1:]) for encoded, _ in items]
         right += [bool(part.all()) for part in hits.split(counts)]
     return np.array(right)
-
-
-def _answer_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    encoded = None
-    if "pixel_values" in batch:
-        features = tower_features(model, batch["pixel_values"])
-        encoded = {"image": BaseModelOutputWithPooling(pooler_output=list(model.model.multi_modal_projector(features)))}
-    hidden = model.model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        mm_encoder_outputs=encoded,
-        use_cache=False,
-    ).last_hidden_state
-    return model.lm_head(hidden.flatten(0, 1)[batch["target_positions"]])
 
 
 def evaluate_heldout(

@@ -27,6 +27,7 @@ from stage2_llava.batches import BatchPlan, BatchPosition
 from stage2_llava.checks import accumulation, load_once, num_steps
 from stage2_llava.collate import Collator, InstructionDataset
 from stage2_llava.config import PhaseConfig, Stage2Config
+from stage2_llava.export import module_hash
 from stage2_llava.features import FeatureCache, build_cache, cache_directory
 from stage2_llava.instructions import Instructions
 from stage2_llava.step import LlavaStep
@@ -170,13 +171,20 @@ def train_phase(
             weight_decay=phase.weight_decay,
         ),
     )
+    tower = step.llava.model.vision_tower
+    tower_before = module_hash(tower)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # ZeRO 3 has scattered the trained one; the tower that is written comes from its files in any case.
+    scattered = any(hasattr(parameter, "ds_id") for parameter in tower.parameters())
+    if not scattered and module_hash(tower) != tower_before:
+        raise RuntimeError(f"the vision tower changed during the {name} phase; nothing was written")
     state = _inner_names(gathered_trainable_state(trainer))
     trainer.accelerator.free_memory()
     facts = {
         "steps": steps,
         "samples": len(instructions),
         "dropped": instructions.num_dropped,
+        "tower_parameters_sha256": tower_before,
         "data": {"path": data.files, "sha256": instructions.fingerprint()},
     }
     return Trained(state=state, facts=facts)

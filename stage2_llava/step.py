@@ -36,6 +36,41 @@ def tower_features(llava: LlavaForConditionalGeneration, pixel_values: Tensor) -
     return states[:, 1:] if config.vision_feature_select_strategy == "default" else states
 
 
+def learned_logits(
+    llava: LlavaForConditionalGeneration,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    target_positions: Tensor,
+    images: dict[str, Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """Logits where a token is learned.
+
+    Args:
+        llava: The model.
+        input_ids: [B, L].
+        attention_mask: [B, L].
+        target_positions: [T], of the flattened [B * L].
+        images: One entry: `pixel_values` [I, 3, S, S] or `image_features` [I, P, D], with the prefix `unused_` in a
+            batch that has no image.
+
+    Returns:
+        Logits [T, V], and the projected features [I, P, H] if they are unused.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    ((name, values),) = images.items()
+    features = values if name.endswith("image_features") else tower_features(llava, values)
+    projector: Any = llava.model.multi_modal_projector
+    projected = projector(features.to(llava.lm_head.weight.dtype))
+    used = not name.startswith("unused_")
+    encoded = {"image": BaseModelOutputWithPooling(pooler_output=list(projected))} if used else None
+    outputs = llava.model(
+        input_ids=input_ids, attention_mask=attention_mask, mm_encoder_outputs=encoded, use_cache=False
+    )
+    hidden = outputs.last_hidden_state.flatten(0, 1)[target_positions]  # [T, H]
+    return llava.lm_head(hidden), None if used else projected
+
+
 class LlavaStep(nn.Module):
     """LLaVA, or a PEFT model around it, that returns the loss over all learned tokens.
 
@@ -89,29 +124,15 @@ class LlavaStep(nn.Module):
             num_items_in_batch: Learned tokens of the whole global batch, which the sum is divided by; None: T.
             num_truncated: Samples cut at the end, for the log.
             num_tokens: Tokens that are no padding, for the log.
-            images: `pixel_values` [I, 3, S, S] or `image_features` [I, P, D], with the prefix `unused_` in a batch
-                that has no image.
+            images: See `learned_logits`.
         """
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        llava = self.llava
-        (name, values), *more = images.items()
-        assert not more, "one kind of image input"
-        features = values if name.endswith("image_features") else tower_features(llava, values)
-        projector: Any = llava.model.multi_modal_projector
-        projected = projector(features.to(llava.lm_head.weight.dtype))  # [I, P, H]
-        used = not name.startswith("unused_")
-        encoded = {"image": BaseModelOutputWithPooling(pooler_output=list(projected))} if used else None
-        outputs = llava.model(
-            input_ids=input_ids, attention_mask=attention_mask, mm_encoder_outputs=encoded, use_cache=False
-        )
-        hidden = outputs.last_hidden_state.flatten(0, 1)[target_positions]  # [T, H]
-        total = F.cross_entropy(llava.lm_head(hidden).float(), labels, reduction="sum")
+        logits, unused = learned_logits(self.llava, input_ids, attention_mask, target_positions, images)
+        total = F.cross_entropy(logits.float(), labels, reduction="sum")
         count = labels.numel() if num_items_in_batch is None else num_items_in_batch
         loss = total / count
-        if not used:
+        if unused is not None:
             # In the graph, so that every process reduces the projector's gradient at the same point.
-            loss = loss + 0.0 * projected.float().sum()
+            loss = loss + 0.0 * unused.float().sum()
         if num_truncated is not None and num_tokens is not None:
             zero = loss.detach().new_zeros(())
             self.metrics.add(

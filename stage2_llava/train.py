@@ -19,16 +19,14 @@ from dcr_mllm.conversation import TEMPLATES, Template, choose_template
 from dcr_mllm.headers import resolve_weights
 from dcr_mllm.launch import Launch
 from dcr_mllm.llava import image_processor, load_llava, load_processor
-from dcr_mllm.log import get_logger, rank
+from dcr_mllm.log import rank
 from dcr_mllm.runs import Run, atomic_directory, provenance
 from stage2_llava.assemble import assemble
 from stage2_llava.config import KEEP, InstructConfig, Stage2Config
-from stage2_llava.export import merge, module_hash, save_llava, with_state
+from stage2_llava.export import merge, save_llava, with_state
 from stage2_llava.phase import PhaseData, barrier, save_adapter, train_phase
 from stage2_llava.swap import swap
 from stage2_llava.tuning import add_adapter, freeze_for_alignment, freeze_for_full_tuning, trainable_table
-
-logger = get_logger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +117,6 @@ def align(arm: Arm) -> None:
         )
 
     model, processor, _ = assembled()
-    tower_before = module_hash(model.model.vision_tower)
     processor.image_processor = image_processor(tower, config.align.image_aspect_ratio)
     trained = train_phase(
         config,
@@ -138,12 +135,9 @@ def align(arm: Arm) -> None:
         gc.collect()
         model, processor, template = assembled()
         with_state(model, trained.state)
-        tower_after = module_hash(model.model.vision_tower)
-        if tower_before != tower_after:
-            raise RuntimeError("the vision tower changed during alignment; nothing was written")
         record = arm.record("align", trained.facts, template, llm=llm, tower=tower)
         with atomic_directory(arm.path / "aligned") as temporary:
-            save_llava(model, processor, temporary, {**record, "tower_parameters_sha256": tower_after})
+            save_llava(model, processor, temporary, record)
     barrier()
 
 

@@ -1,13 +1,11 @@
-"""Templates against LLaVA's documented texts, their Jinja form against the pieces, padding against a direct formula."""
+"""Templates against LLaVA's documented texts, and their Jinja form against the pieces."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from PIL import Image
 
 from dcr_mllm.conversation import (
     TEMPLATES,
@@ -15,7 +13,6 @@ from dcr_mllm.conversation import (
     choose_template,
     get_template,
     image_first,
-    pad_to_square,
     pieces,
     prompt,
 )
@@ -96,20 +93,6 @@ def test_system_message_replaces_the_system_text():
 def test_every_image_mark_moves_to_the_front():
     assert image_first("a <image> b <image>") == "<image>\n<image>\na  b"
     assert image_first("no image") == "no image"
-
-
-def test_pad_to_square_is_llavas():
-    """expand2square of LLaVA: a canvas of the mean colour, the image in its middle, rounded down."""
-    rng = np.random.default_rng(0)
-    mean = (0.48145466, 0.4578275, 0.40821073)
-    for height, width in ((20, 33), (33, 20), (7, 7)):
-        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        side = max(height, width)
-        expected = np.empty((side, side, 3), dtype=np.uint8)
-        expected[:] = [int(value * 255) for value in mean]
-        top, left = (side - height) // 2, (side - width) // 2
-        expected[top : top + height, left : left + width] = pixels
-        assert np.array_equal(np.asarray(pad_to_square(Image.fromarray(pixels), mean)), expected)
 
 
 def test_unknown_template_names_the_nearest():

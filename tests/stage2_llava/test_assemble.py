@@ -10,13 +10,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dcr_mllm.conversation import Turn, pad_to_square, pieces
+from dcr_mllm.conversation import Turn, pieces
 from dcr_mllm.errors import UserError
 from dcr_mllm.llava import image_processor, load_llava, load_processor
 from dcr_mllm.llava_headers import llava_summary, llm_summary, vision_summary
 from stage2_llava.assemble import assemble
 from stage2_llava.export import save_llava
 from stage2_llava.labels import encode
+
+
+def pad_to_square(image: Image.Image, mean: list[float]) -> Image.Image:
+    """What LLaVA-1.5 does before CLIP's processor: a square of the mean colour with the image in its middle."""
+    width, height = image.size
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
 
 
 def noise_image(height: int, width: int) -> Image.Image:
