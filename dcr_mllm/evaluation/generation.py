@@ -1,0 +1,170 @@
+"""Greedy answers to many questions, with one prefill per image.
+
+Questions on one image share everything up to the end of its tokens: the system text and, for LLaVA-1.5, 576 of about
+620 tokens. That prefix is run once, and its keys and values serve all questions on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One question.
+
+    Attributes:
+        prompt: Rendered text, with `<image>` marks and the opened answer.
+        images: Pillow images, one per mark.
+        image_key: Tells images apart: requests with the same key show the same images.
+        max_new_tokens: Limit of the answer.
+    """
+
+    prompt: str
+    images: tuple[Any, ...]
+    image_key: str
+    max_new_tokens: int = 16
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A request as tokens: up to the end of its last image, and from there on."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: Any,
+    processor: Any,
+    requests: Sequence[Request],
+    *,
+    batch_size: int,
+    on_answers: Callable[[dict[int, str]], None] = lambda answers: None,
+) -> list[str]:
+    """Greedy answers in the order of the requests, stripped of special tokens and white space.
+
+    Args:
+        model: LLaVA in eval mode.
+        processor: Its own.
+        requests: Any number, on any images, in any order.
+        batch_size: Questions that are decoded together; greedy answers do not depend on it but for rounding.
+        on_answers: Called after every batch with its answers by position, so that they can be kept.
+
+    Returns:
+        One answer per request.
+    """
+    split = [_split(model, processor, request) for request in requests]
+    answers = [""] * len(requests)
+    for chosen in _batches(requests, split, batch_size):
+        texts = _answer_batch(model, processor, [requests[k] for k in chosen], [split[k] for k in chosen])
+        found = dict(zip(chosen, texts, strict=True))
+        for position, text in found.items():
+            answers[position] = text
+        on_answers(found)
+    return answers
+
+
+def _split(model: Any, processor: Any, request: Request) -> _Split:
+    image_id = model.config.image_token_id
+    text = request.prompt
+    if request.images:
+        # The processor counts an image's tokens; its pixels are prepared once per batch.
+        vision = model.config.vision_config
+        count = (vision.image_size // vision.patch_size) ** 2
+        text = text.replace(processor.image_token, processor.image_token * count)
+    ids = processor.tokenizer(text).input_ids
+    end = max((k for k, token in enumerate(ids) if token == image_id), default=-1) + 1
+    return _Split(tuple(ids[:end]), tuple(ids[end:]))
+
+
+def _batches(requests: Sequence[Request], split: Sequence[_Split], batch_size: int) -> Iterator[list[int]]:
+    """Positions of requests that go together: prefixes of one length, same images beside each other."""
+
+    def order(position: int) -> tuple:
+        return len(split[position].prefix), requests[position].image_key, len(split[position].suffix)
+
+    batch: list[int] = []
+    for position in sorted(range(len(requests)), key=order):
+        if batch and (len(batch) == batch_size or len(split[position].prefix) != len(split[batch[0]].prefix)):
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
+
+
+def _answer_batch(model: Any, processor: Any, requests: Sequence[Request], split: Sequence[_Split]) -> list[str]:
+    cache, prefix_length = _prefill(model, processor, requests, split)
+    ids, mask = _left_padded([part.suffix for part in split], model.device)
+    mask = torch.cat([mask.new_ones(len(split), prefix_length), mask], dim=1)
+    ends = _end_tokens(model, model.device)
+    most = torch.tensor([request.max_new_tokens for request in requests], device=model.device)
+    finished = most <= 0
+    generated: list[Tensor] = []
+    while not bool(finished.all()):
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        outputs = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = outputs.past_key_values
+        token = outputs.logits[:, -1].argmax(dim=-1)
+        generated.append(torch.where(finished, ends[0], token))
+        finished = finished | torch.isin(token, ends) | (len(generated) >= most)
+        ids, mask = token[:, None], torch.cat([mask, mask.new_ones(len(split), 1)], dim=1)
+    columns = torch.stack(generated, dim=1).tolist() if generated else [[] for _ in split]
+    return [processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in columns]
+
+
+def _prefill(model: Any, processor: Any, requests: Sequence[Request], split: Sequence[_Split]) -> tuple[Any, int]:
+    """Keys and values of each request's prefix [B, ...], run once per distinct prefix and image; and its length."""
+    from transformers import DynamicCache
+
+    cache, length = DynamicCache(config=model.config.text_config), len(split[0].prefix)
+    if not length:
+        return cache, 0
+    rows: dict[tuple[str, tuple[int, ...]], int] = {}
+    for request, part in zip(requests, split, strict=True):
+        rows.setdefault((request.image_key, part.prefix), len(rows))
+    firsts: dict[int, Request] = {}
+    for request, part in zip(requests, split, strict=True):
+        firsts.setdefault(rows[request.image_key, part.prefix], request)
+    images = [image for row in range(len(rows)) for image in firsts[row].images]
+    pixel_values = processor.image_processor(images, return_tensors="pt").pixel_values
+    model.model(
+        input_ids=torch.tensor([prefix for _, prefix in rows], device=model.device),
+        pixel_values=pixel_values.to(model.device, model.dtype),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    chosen = [rows[request.image_key, part.prefix] for request, part in zip(requests, split, strict=True)]
+    cache.batch_select_indices(torch.tensor(chosen, device=model.device))
+    return cache, length
+
+
+def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids [B, L] with zeros on the left, and the mask of what is no padding."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.tensor(row)
+        mask[index, longest - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _end_tokens(model: Any, device: torch.device) -> Tensor:
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends)
+    return torch.tensor(ends, device=device)
