@@ -114,11 +114,11 @@ def _answer_batch(model: Any, processor: Any, requests: Sequence[Request], split
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = outputs.past_key_values
+        cache = outputs.cache
         token = outputs.logits[:, -1].argmax(dim=-1)
         generated.append(torch.where(finished, ends[0], token))
         finished = finished | torch.isin(token, ends) | (len(generated) >= most)
@@ -145,7 +145,7 @@ def _prefill(model: Any, processor: Any, requests: Sequence[Request], split: Seq
     model.model(
         input_ids=torch.tensor([prefix for _, prefix in rows], device=model.device),
         pixel_values=pixel_values.to(model.device, model.dtype),
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
     )
     chosen = [rows[request.image_key, part.prefix] for request, part in zip(requests, split, strict=True)]

@@ -1,0 +1,231 @@
+"""`python eval/run.py --tasks mmvp [--models A B ...]`: ask LLaVAs a benchmark's questions, score and compare them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dcr_mllm.cli import run_main
+from dcr_mllm.errors import UserError
+
+RESULTS_VERSION = 1
+_LAST_RUN = Path("runs/mini/stage2")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="eval/run.py",
+        description="Compare LLaVAs on multimodal benchmarks: official scores, paired statistics, a verdict.",
+    )
+    parser.add_argument("--tasks", required=True, help="benchmarks, separated by commas: mmvp")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="LLAVA",
+        help=f"LLaVA directories, the first is the baseline (default: {_LAST_RUN}/baseline and enhanced)",
+    )
+    parser.add_argument(
+        "--data",
+        default="auto",
+        metavar="auto|mini|DIR",
+        help="mini: the drawn benchmarks; DIR: a folder that holds <task>/ in its public layout; auto: mini for LLaVAs "
+        "that were trained on the miniature",
+    )
+    parser.add_argument("--limit", type=int, help="only so many questions per task; whole pairs are kept")
+    parser.add_argument("--batch-size", type=int, default=32, help="questions that are decoded together")
+    parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder of the results")
+    options = parser.parse_args(argv)
+
+    def call() -> None:
+        from dcr_mllm.evaluation.mllm_tasks import check_tasks
+
+        tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
+        check_tasks(tasks)
+        if (options.limit is not None and options.limit < 1) or options.batch_size < 1:
+            raise UserError("--limit and --batch-size have to be at least 1")
+        models = _models(options.models)
+        results = evaluate(
+            models, tasks, _data(options.data, models), options.out, limit=options.limit, batch_size=options.batch_size
+        )
+        print(format_results(results))
+        print(f"\nresults: {options.out / 'results.json'}, answers: {options.out / 'answers'}")
+
+    return run_main(call)
+
+
+def _models(paths: list[str] | None) -> dict[str, Path]:
+    """LLaVA directories by name, all checked from their headers."""
+    from dcr_mllm.headers import resolve_weights
+    from dcr_mllm.llava_headers import llava_summary
+
+    if paths is None:
+        paths = [str(_LAST_RUN / arm / "llava") for arm in ("baseline", "enhanced")]
+        if not all(Path(path).is_dir() for path in paths):
+            raise UserError(f"{_LAST_RUN} has no finished LLaVAs; run bash scripts/stage2_llava.sh, or name --models")
+        print(f"models: {' '.join(paths)}")
+    models: dict[str, Path] = {}
+    for value in paths:
+        path = llava_summary(resolve_weights(value, "llava")).path
+        name = path.parent.name if path.name == "llava" else path.name
+        models[name if name not in models else f"{name}-{len(models) + 1}"] = path
+    return models
+
+
+def _data(value: str, models: dict[str, Path]) -> str:
+    """Which data `auto` means: the drawn ones for what was trained on drawn ones."""
+    from dcr_mllm.evaluation.mllm_tasks import MINI
+
+    if value != "auto":
+        return value
+    drawn = {name: _trained_on_mini(path) for name, path in models.items()}
+    if all(drawn.values()):
+        return MINI
+    if any(drawn.values()):
+        raise UserError("some of the LLaVAs were trained on the miniature and some not; say --data mini or --data DIR")
+    raise UserError("say where the benchmarks are: --data DIR with a folder for each task, or --data mini")
+
+
+def _trained_on_mini(path: Path) -> bool:
+    record = path / "provenance.json"
+    if not record.is_file():
+        return False
+    config = json.loads(record.read_text(encoding="utf-8")).get("config", {})
+    return config.get("instruct", {}).get("data") == "mini"
+
+
+def evaluate(
+    models: dict[str, Path],
+    tasks: list[str],
+    data: str,
+    out: Path,
+    *,
+    limit: int | None = None,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Ask every model every question, score the raw answers, compare each model with the first.
+
+    Args:
+        models: LLaVA directories by name, the baseline first.
+        tasks: Of `mllm_tasks.TASKS`.
+        data: See `mllm_tasks.load_task`.
+        out: Folder of `results.json` and `answers/<model>/<task>.jsonl`.
+        limit: Questions per task.
+        batch_size: Questions that are decoded together.
+
+    Returns:
+        What `results.json` holds.
+    """
+    from dcr_mllm.evaluation.mllm_tasks import TASKS, load_task, write_lmms_task
+    from dcr_mllm.evaluation.verdicts import add_verdicts, compare_task
+    from dcr_mllm.runs import atomic_directory, package_versions, write_json_atomic
+
+    loaded = {name: load_task(name, data, Path("runs")) for name in tasks}
+    for name, found in loaded.items():
+        if limit is not None and limit < len(found.rows):
+            unit = TASKS[name].unit_size
+            kept = max(unit, limit - limit % unit)
+            print(f"{found.name}: {kept} of {len(found.rows)} questions" + (", whole pairs" if kept != limit else ""))
+            loaded[name] = found._replace(rows=found.rows[:kept])
+    definitions = out / "tasks"
+    with atomic_directory(definitions, replace=True) as temporary:
+        for name, found in loaded.items():
+            write_lmms_task(name, found, temporary, definitions)
+    scored: dict[str, dict[str, Any]] = {}
+    for model, path in models.items():
+        answers = ask(path, loaded, definitions, batch_size)
+        scored[model] = {}
+        for name, found in loaded.items():
+            items = [TASKS[name].item(row, answer) for row, answer in zip(found.rows, answers[name], strict=True)]
+            scored[model][found.name] = found.score(items)
+            _write_answers(out / "answers" / model / f"{found.name}.jsonl", items, scored[model][found.name])
+    first, *others = models
+    comparisons = {}
+    for model in others:
+        comparisons[model] = {task: compare_task(scored[first][task], scored[model][task]) for task in scored[model]}
+        add_verdicts(comparisons[model])
+    results = {
+        "version": RESULTS_VERSION,
+        "models": {name: str(path) for name, path in models.items()},
+        "settings": {"batch_size": batch_size, "limit": limit, "data": data, "decoding": "greedy"},
+        "scores": {
+            model: {
+                task: {"measures": entry.values(), "questions": len(entry.right), "unparsable": len(entry.unparsable)}
+                for task, entry in entries.items()
+            }
+            for model, entries in scored.items()
+        },
+        "comparisons": comparisons,
+        "packages": package_versions(),
+    }
+    write_json_atomic(out / "results.json", results)
+    return results
+
+
+def ask(path: Path, tasks: dict[str, Any], definitions: Path, batch_size: int) -> dict[str, list[str]]:
+    """One model's raw answers to every task's rows, in their order, through lmms-eval."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    from dcr_mllm.evaluation.lmms_model import DcrLlava
+    from dcr_mllm.evaluation.mllm_tasks import lmms_name
+
+    names = {task: lmms_name(found.name) for task, found in tasks.items()}
+    # Only these: lmms-eval's full index takes ten seconds.
+    manager = TaskManager("WARNING", include_path=str(definitions), include_defaults=False)
+    found = simple_evaluate(
+        model=DcrLlava(str(path), batch_size=batch_size),
+        tasks=list(names.values()),
+        task_manager=manager,
+        log_samples=True,
+        bootstrap_iters=0,
+        batch_size=batch_size,
+    )
+    answers = {}
+    for task, name in names.items():
+        samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+        answers[task] = [sample["resps"][0][0] for sample in samples]
+    return answers
+
+
+def _write_answers(path: Path, items: list[dict[str, Any]], scored: Any) -> None:
+    from dcr_mllm.runs import write_text_atomic
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unparsable = set(scored.unparsable)
+    lines = [
+        json.dumps({**item, "right": bool(right), "unparsable": k in unparsable})
+        for k, (item, right) in enumerate(zip(items, scored.right, strict=True))
+    ]
+    write_text_atomic(path, "\n".join(lines) + "\n")
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """The results as text: verdicts first, then every measure."""
+    first = next(iter(results["models"]))
+    lines = []
+    for model, tasks in results["comparisons"].items():
+        for task, entry in tasks.items():
+            difference = entry["measures"][entry["headline"]]["difference"]
+            lines.append(
+                f"{model} against {first}, {task}: {entry['verdict']}; {entry['headline']} {difference:+.1f}, "
+                f"{entry['test']}, p {entry['p_value']:.2g} (Holm {entry['p_holm']:.2g}), "
+                f"{entry['gained']} gained and {entry['lost']} lost"
+            )
+        lines.append("one training run each: training variance not measured")
+    for task in results["scores"][first]:
+        lines += ["", f"{task:<28}" + "".join(f"{model:>12}" for model in results["models"])]
+        for name in results["scores"][first][task]["measures"]:
+            cells = [results["scores"][model][task]["measures"][name] for model in results["models"]]
+            lines.append(f"  {name:<26}" + "".join(f"{value:>12.1f}" for value in cells))
+        for name in ("questions", "unparsable"):
+            cells = [results["scores"][model][task][name] for model in results["models"]]
+            lines.append(f"  {name:<26}" + "".join(f"{value:>12}" for value in cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Verdicts on two models: tests against scipy and resamples written out, words against their rules."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from dcr_mllm.errors import UserError
+from dcr_mllm.evaluation.scorers import score_mmvp, score_pope
+from dcr_mllm.evaluation.statistics import Resampler
+from dcr_mllm.evaluation.verdicts import add_verdicts, compare_task
+
+
+def mmvp(right: list[bool]) -> list[dict]:
+    return [
+        {"index": k, "options": ["x", "y"], "target": "(a)", "answer": "A" if hit else "B"}
+        for k, hit in enumerate(right, start=1)
+    ]
+
+
+def pope(share_right: float, seed: int) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    items = []
+    for category in ("random", "popular", "adversarial"):
+        for k in range(240):
+            truth = bool(k % 2)
+            said = truth if rng.random() < share_right else not truth
+            names = ("no", "yes")
+            items.append({"category": category, "image": k // 6, "target": names[truth], "answer": names[said].title()})
+    return items
+
+
+def test_mmvp_is_tested_on_pairs():
+    rng = np.random.default_rng(0)
+    base, model = (score_mmvp(mmvp(list(rng.random(300) < share)), ()) for share in (0.5, 0.7))
+    entry = compare_task(base, model)
+    assert base.units is not None and model.units is not None
+    gained, lost = int((model.units & ~base.units).sum()), int((base.units & ~model.units).sum())
+    assert (entry["gained"], entry["lost"]) == (gained, lost) and gained > lost > 5
+    assert entry["p_value"] == pytest.approx(binomtest(gained, gained + lost).pvalue)
+    assert entry["test"] == "exact McNemar on 150 pairs"
+    measure = entry["measures"]["pair_accuracy"]
+    assert measure["difference"] == pytest.approx(100 * (gained - lost) / 150)
+    deltas = model.units.astype(float) - base.units
+    # The interval of a mean of independent differences: a normal one is close.
+    half = 1.96 * 100 * deltas.std() / np.sqrt(150)
+    assert measure["interval"] == pytest.approx([measure["difference"] - half, measure["difference"] + half], abs=1.5)
+
+
+def test_pope_is_resampled_by_image():
+    base_items, model_items = pope(0.75, 1), pope(0.85, 2)
+    base, model = score_pope(base_items), score_pope(model_items)
+    entry = compare_task(base, model)
+    # The same resamples of images, written out as items and scored afresh.
+    weights = Resampler(len(base_items), [str(item["image"]) for item in base_items], num_resamples=40).weights()
+    written = []
+    for weight in weights:
+        values = [
+            score_pope([item for item, times in zip(items, weight, strict=True) for _ in range(times)]).values()["f1"]
+            for items in (base_items, model_items)
+        ]
+        written.append(values[1] - values[0])
+    spread = np.std(written)
+    low, high = entry["measures"]["f1"]["interval"]
+    assert low < entry["measures"]["f1"]["difference"] < high
+    assert (high - low) / 3.92 == pytest.approx(spread, rel=0.35)
+    assert entry["minimum_detectable_effect"] == pytest.approx(2.8 * (high - low) / 3.92, rel=0.15)
+    assert entry["p_value"] < 0.01 and entry["test"] == "paired bootstrap over 40 images or groups"
+
+
+def test_bootstrap_p_values_are_uniform_where_nothing_differs():
+    values = [
+        compare_task(score_pope(pope(0.8, 2 * k)), score_pope(pope(0.8, 2 * k + 1)))["p_value"] for k in range(60)
+    ]
+    assert np.mean(np.array(values) < 0.2) == pytest.approx(0.2, abs=0.16)
+    assert 0.3 < np.mean(values) < 0.7
+
+
+def test_a_model_against_itself():
+    scored = score_pope(pope(0.8, 0))
+    entry = {"pope": compare_task(scored, scored)}
+    add_verdicts(entry)
+    assert entry["pope"]["p_value"] == 1 and entry["pope"]["verdict"].startswith("no difference detected")
+
+
+def test_words_follow_holm():
+    def entry(p: float, difference: float, smallest: float | None) -> dict:
+        return {
+            "headline": "m",
+            "p_value": p,
+            "minimum_detectable_effect": smallest,
+            "measures": {"m": {"difference": difference}},
+        }
+
+    tasks = {"a": entry(0.01, 3, 2.0), "b": entry(0.02, -3, 2.0), "c": entry(0.03, 1, 4.25), "d": entry(0.9, 0, None)}
+    add_verdicts(tasks)
+    assert [tasks[name]["p_holm"] for name in "abcd"] == pytest.approx([0.04, 0.06, 0.06, 0.9])
+    assert tasks["a"]["verdict"] == "better"
+    assert tasks["b"]["verdict"] == "no difference detected (a gain under 2.0 points could not have been seen)"
+    assert tasks["c"]["verdict"] == "no difference detected (a gain under 4.2 points could not have been seen)"
+    assert tasks["d"]["verdict"] == "no difference detected (too few units for any to be seen)"
+    worse = {"b": entry(0.02, -3, 2.0)}
+    add_verdicts(worse)
+    assert worse["b"]["verdict"] == "worse"
+
+
+def test_different_questions_are_refused():
+    with pytest.raises(UserError, match="did not answer the same questions"):
+        compare_task(score_pope(pope(0.8, 0)), score_pope(pope(0.8, 0)[:-6]))
