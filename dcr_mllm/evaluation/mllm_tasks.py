@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from dcr_mllm.config import nearest
 from dcr_mllm.errors import UserError
 from dcr_mllm.evaluation.scored import Scored
-from dcr_mllm.evaluation.scorers import Item, score_mmvp
+from dcr_mllm.evaluation.scorers import POPE_CATEGORIES, Item, score_mmvp, score_pope
 
 MINI = "mini"
 
@@ -23,7 +24,6 @@ class MllmTask(NamedTuple):
     Attributes:
         yaml: Its definition among lmms-eval's tasks: prompt, generation settings, columns.
         public_layout: Rows with images as bytes from its public files.
-        columns: What a parquet copy of the hub's data has to have.
         item: What the scorer needs, from a row without its image and the answer.
         score: From items.
         unit_size: Rows that belong together, so that a limit keeps whole units.
@@ -31,7 +31,6 @@ class MllmTask(NamedTuple):
 
     yaml: str
     public_layout: Callable[[Path], list[dict[str, Any]]]
-    columns: tuple[str, ...]
     item: Callable[[dict[str, Any], str], Item]
     score: Callable[[list[Item]], Scored]
     unit_size: int
@@ -73,15 +72,60 @@ def mmvp_item(row: dict[str, Any], answer: str) -> Item:
     return {"index": row["Index"], "options": options, "target": row["Correct Answer"], "answer": answer}
 
 
+def pope_rows(directory: Path) -> list[dict[str, Any]]:
+    """Rows of POPE's public layout: `coco_pope_<category>.json`, a JSON object per line, and the images in `val2014/`.
+
+    Raises:
+        UserError: A missing file, key or image, the first three named.
+    """
+    rows: list[dict[str, Any]] = []
+    images: dict[str, bytes | None] = {}
+    for category in POPE_CATEGORIES:
+        path = directory / f"coco_pope_{category}.json"
+        if not path.is_file():
+            raise UserError(f"pope: {path} is missing; {directory} has to hold POPE's three JSON files and val2014/")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                name, question, label = (str(record[key]) for key in ("image", "text", "label"))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"pope: {path} line {number} is no question with image, text and label: {error}"
+                ) from None
+            if name not in images:
+                image = directory / "val2014" / name
+                images[name] = image.read_bytes() if image.is_file() else None
+            rows.append(
+                {
+                    "id": str(len(rows)),
+                    "question_id": str(record.get("question_id", number)),
+                    "question": question,
+                    "answer": label,
+                    "image_source": Path(name).stem,
+                    "category": category,
+                    "image": {"bytes": images[name], "path": name},
+                }
+            )
+    missing = [str(directory / "val2014" / name) for name, content in images.items() if content is None]
+    if missing:
+        raise UserError(f"pope: {len(missing)} images are missing, the first: {', '.join(missing[:3])}")
+    return rows
+
+
+def pope_item(row: dict[str, Any], answer: str) -> Item:
+    """What `score_pope` needs."""
+    return {"category": row["category"], "image": row["image_source"], "target": row["answer"], "answer": answer}
+
+
 TASKS = {
     "mmvp": MllmTask(
         yaml="mmvp/mmvp.yaml",
         public_layout=mmvp_rows,
-        columns=("Index", "Question", "Options", "Correct Answer", "image"),
         item=mmvp_item,
         score=score_mmvp,
         unit_size=2,
     ),
+    "pope": MllmTask(yaml="pope/pope.yaml", public_layout=pope_rows, item=pope_item, score=score_pope, unit_size=1),
 }
 # The drawn benchmarks have no disputed labels.
 _MINI_SCORES: dict[str, Callable[[list[Item]], Scored]] = {"mmvp": partial(score_mmvp, disputed=())}

@@ -16,7 +16,7 @@ from dcr_mllm.mini.world import IMAGE_SIZE, draw, full_caption, random_scene
 from dcr_mllm.runs import hash_directory, package_versions, write_json_atomic
 
 WEIGHTS = Path(__file__).parent / "weights"
-CLIP_STEPS, DETAIL_STEPS, VAE_STEPS, UNET_STEPS, LLM_STEPS = 4500, 1500, 2000, 8000, 3500
+CLIP_STEPS, DETAIL_STEPS, VAE_STEPS, UNET_STEPS, LLM_STEPS = 4500, 1500, 2000, 8000, 2000
 
 
 def build_tower(out: Path, steps: int = CLIP_STEPS, detail_steps: int = DETAIL_STEPS, seed: int = 0) -> None:

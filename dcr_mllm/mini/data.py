@@ -17,6 +17,7 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
+from dcr_mllm.mini.groups import write_pope
 from dcr_mllm.mini.world import (
     ATTRIBUTES,
     COLOURS,
@@ -151,14 +152,11 @@ def write_labelled(directory: Path, split: str, num_train: int = 3000, num_test:
 
 
 def write_benchmarks(directory: Path, split: str = "test", pairs_per_pattern: int = 100) -> Path:
-    """All tower-level benchmarks of a split, drawn once: `mmvp_vlm/`, `mmvp/`, `labelled/` below the directory."""
-
-    def write(temporary: Path) -> None:
-        write_mmvp_vlm(temporary / "mmvp_vlm", split, pairs_per_pattern)
-        write_mmvp(temporary / "mmvp", split, pairs_per_pattern)
-        write_labelled(temporary / "labelled", split)
-
-    _draw_once(directory, write)
+    """The benchmarks of a split, each drawn once: `mmvp_vlm/`, `mmvp/`, `pope/`, `labelled/` below the directory."""
+    _draw_once(directory / "mmvp_vlm", lambda folder: write_mmvp_vlm(folder, split, pairs_per_pattern))
+    _draw_once(directory / "mmvp", lambda folder: write_mmvp(folder, split, pairs_per_pattern))
+    _draw_once(directory / "pope", lambda folder: write_pope(folder, split))
+    _draw_once(directory / "labelled", lambda folder: write_labelled(folder, split))
     return directory
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from dcr_mllm.conversation import IMAGE_TOKEN
 from dcr_mllm.mini.data import _QUESTIONS, _draw_once, _write_csv
+from dcr_mllm.mini.groups import LABELS, Group, Label, draw_group, is_there, random_group, similar_labels
 from dcr_mllm.mini.world import ATTRIBUTES, COLOURS, KINDS, Scene, detail_phrase, draw, full_caption, random_scene
 
 CLASS_QUESTIONS = {
@@ -138,6 +139,27 @@ def draw_questions(scene: Scene, rng: np.random.Generator, num_turns: int, class
     return questions
 
 
+def draw_group_questions(group: Group, rng: np.random.Generator, num_turns: int) -> list[Question]:
+    """POPE's questions about different objects, each by a fair coin about one that is there or about one that is not.
+
+    Of the absent ones half resemble one that is there. When all that are there have been asked after, no further
+    question follows: its answer could only be no.
+    """
+    present = _in_random_order(list(group.labels), rng)
+    absent = _in_random_order([label for label in LABELS if label not in present], rng)
+    similar = set(similar_labels(group.labels))
+    questions: list[Question] = []
+    while present and len(questions) < num_turns:
+        if rng.random() < 0.5:
+            label, answer = present.pop(), "Yes"
+        else:
+            wanted = [label for label in absent if label in similar] if rng.random() < 0.5 else absent
+            label, answer = wanted[0], "No"
+            absent.remove(label)
+        questions.append(Question(is_there(label) + SHORT_SUFFIX, answer, "objects", "existence"))
+    return questions
+
+
 def conversation(questions: Sequence[Question], context: str = "") -> list[dict[str, str]]:
     """Questions and answers as LLaVA's `conversations`; what they are about stands before the first question."""
     turns = []
@@ -163,13 +185,14 @@ def align_samples(num_samples: int, seed: int = 0) -> list[tuple[dict[str, Any],
     return samples
 
 
-def instruct_samples(num_samples: int, seed: int = 0) -> list[tuple[dict[str, Any], Scene | None]]:
+def instruct_samples(num_samples: int, seed: int = 0) -> list[tuple[dict[str, Any], Scene | Group | None]]:
     """Conversations about images of training scenes, most of three to five turns.
 
-    One in twelve has no image: a description in words stands in for it, or the questions need none (scene None).
+    One in eight shows a group of objects. One in twelve has no image: a description in words stands in for it, or the
+    questions need none (None).
     """
     rng = np.random.default_rng((seed, 1))
-    samples: list[tuple[dict[str, Any], Scene | None]] = []
+    samples: list[tuple[dict[str, Any], Scene | Group | None]] = []
     for index in range(num_samples):
         identifier = f"instruct-{index:05d}"
         num_turns = 1 if rng.random() < 0.25 else int(rng.integers(3, 7))
@@ -177,6 +200,10 @@ def instruct_samples(num_samples: int, seed: int = 0) -> list[tuple[dict[str, An
         if kind < 0.02:
             questions = [ask_about_world(rng) for _ in range(num_turns)]
             samples.append(({"id": identifier, "conversations": conversation(questions)}, None))
+            continue
+        if kind > 7 / 8:
+            group = random_group(rng, "train", int(rng.integers(2, 5)))
+            samples.append((_sample(identifier, draw_group_questions(group, rng, num_turns)), group))
             continue
         scene = random_scene(rng, "train")
         if kind < 1 / 12:
@@ -238,7 +265,8 @@ def write_instruction_data(
 ) -> Path:
     """Draw `align.json`, `instruct.json`, `heldout.json` and the images that they name, unless they are there.
 
-    Beside them, `scenes.csv` tells what each sample shows, for tests and analyses; nothing trains on it.
+    Beside them, `scenes.csv` and `groups.csv` tell what each sample shows, for tests and analyses; nothing trains on
+    them.
 
     Args:
         directory: The folder; images are named relative to it.
@@ -252,19 +280,26 @@ def write_instruction_data(
     def write(temporary: Path) -> None:
         (temporary / "images").mkdir(parents=True)
         rows: list[tuple] = []
+        groups: list[tuple] = []
         for name, samples in (
             ("align", align_samples(num_align, seed)),
             ("instruct", instruct_samples(num_instruct, seed)),
             ("heldout", heldout_samples(num_heldout_per_cell, seed)),
         ):
-            for sample, scene in samples:
-                if scene is not None:
-                    rows.append((sample["id"], *scene.content(), scene.jitter))
+            for sample, shown in samples:
+                if isinstance(shown, Group):
+                    labels = [" ".join(label) if label else "" for label in shown.quarters]
+                    groups.append((sample["id"], *labels, shown.ground, shown.jitter))
+                    draw_group(shown).save(temporary / sample["image"], compress_level=1)
+                elif shown is not None:
+                    rows.append((sample["id"], *shown.content(), shown.jitter))
                     if "image" in sample:
-                        draw(scene).save(temporary / sample["image"], compress_level=1)
+                        draw(shown).save(temporary / sample["image"], compress_level=1)
             text = json.dumps([sample for sample, _ in samples], indent=1)
             (temporary / f"{name}.json").write_text(text + "\n")
         _write_csv(temporary / "scenes.csv", ("id", "kind", "colour", *ATTRIBUTES, "jitter"), rows)
+        quarters = ("upper left", "upper right", "lower left", "lower right")
+        _write_csv(temporary / "groups.csv", ("id", *quarters, "ground", "jitter"), groups)
 
     _draw_once(directory, write)
     return directory
@@ -309,6 +344,10 @@ def _existence(scene: Scene, attribute: str, value: str, rng: np.random.Generato
 
 def _a(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _in_random_order(labels: list[Label], rng: np.random.Generator) -> list[Label]:
+    return [labels[int(k)] for k in rng.permutation(len(labels))]
 
 
 def _pick(rng: np.random.Generator, values: Sequence[str]) -> str:

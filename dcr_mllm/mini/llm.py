@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +23,12 @@ from dcr_mllm.conversation import TEMPLATES, Piece, Template, Turn, pieces
 from dcr_mllm.log import get_logger
 from dcr_mllm.mini.clip import learning_rate_factor
 from dcr_mllm.mini.instructions import (
+    CHOICE_SUFFIX,
+    CLASS_QUESTIONS,
     FORMS,
+    SHORT_SUFFIX,
     Question,
+    ask,
     ask_about_world,
     conversation,
     draw_questions,
@@ -36,6 +41,7 @@ logger = get_logger(__name__)
 MAX_LENGTH = 512
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 _TEMPLATE = TEMPLATES["vicuna_v1"]
+_BARE = replace(_TEMPLATE, system="")
 _JOINING = ("a", "the", "with", "under", "on", "near", "seen")  # words without which a description says the same
 _IGNORED = -100
 
@@ -107,7 +113,7 @@ def describe(scene: Scene, rng: np.random.Generator, attributes: Sequence[str] =
 
 
 def draw_conversation(rng: np.random.Generator, num_turns: int, template: Template = _TEMPLATE) -> list[Piece]:
-    """A conversation about a training scene, or in few cases a caption or questions about the world, as rendered text.
+    """A conversation about a described training scene, its caption, or questions about the world, as rendered text.
 
     The description holds what is asked after, and of the other details a share that varies from none to all.
     """
@@ -115,13 +121,78 @@ def draw_conversation(rng: np.random.Generator, num_turns: int, template: Templa
     if kind < 0.03:
         return _render([ask_about_world(rng) for _ in range(num_turns)], "", template)
     scene = random_scene(rng, "train")
-    if kind < 0.08:
-        return [Piece(full_caption(scene, rng) + "\n", True)]  # as LLaVA's alignment has it
+    if kind < 0.2:
+        return _draw_caption(scene, rng)
     questions = draw_questions(scene, rng, num_turns)
     asked = {question.attribute for question in questions}
     share = rng.random()
     attributes = [name for name in ATTRIBUTES if name in asked or "all" in asked or rng.random() < share]
     return _render(questions, describe(scene, rng, attributes), template)
+
+
+def _draw_caption(scene: Scene, rng: np.random.Generator) -> list[Piece]:
+    """A description and its caption, short or full, as LLaVA's alignment has an image and its caption."""
+    if rng.random() < 0.5:
+        return [Piece(describe(scene, rng) + "\n", False), Piece(full_caption(scene, rng) + "\n", True)]
+    name = str(rng.choice(list(ATTRIBUTES)))
+    caption = f"a {scene.label} {detail_phrase(scene, name)}"
+    attributes = [other for other in ATTRIBUTES if other == name or rng.random() < 0.5]
+    return [Piece(describe(scene, rng, attributes) + "\n", False), Piece(caption + "\n", True)]
+
+
+class Lesson(NamedTuple):
+    """What is drilled until a share of the training is over.
+
+    Attributes:
+        until: That share.
+        forms: How questions are put; a form that stands twice is drawn twice as often.
+        max_details: At most so many details are described, beside the class.
+    """
+
+    until: float
+    forms: tuple[str, ...]
+    max_details: int
+
+
+# The order matters: answers that compare (`Yes`, a letter) are learned within 200 steps if they come first, and not in
+# 1,500 beside short answers, which only copy a word. Few details first make the comparison easy to find.
+LESSONS = (
+    Lesson(0.11, ("yesno",), 2),
+    Lesson(0.18, ("yesno", "existence"), 2),
+    Lesson(0.23, ("yesno", "existence", "choice", "choice"), 2),
+    Lesson(0.30, FORMS, 2),
+    Lesson(0.40, FORMS, 5),
+    Lesson(0.52, FORMS, 9),
+)
+
+
+def draw_drill(rng: np.random.Generator, lesson: Lesson) -> list[Piece]:
+    """One question about a described training scene, without system text and without a word on how to answer.
+
+    Short texts are many texts, and it is their number that teaches to read a description.
+    """
+    scene = random_scene(rng, "train")
+    num_details = int(rng.integers(1, lesson.max_details + 1))
+    described = [str(name) for name in rng.permutation(list(ATTRIBUTES))[:num_details]]
+    attribute = str(rng.choice([*described, *CLASS_QUESTIONS]))
+    question = ask(scene, attribute, str(rng.choice(lesson.forms)), bool(rng.random() < 0.5), rng)
+    bare = question._replace(text=question.text.removesuffix(SHORT_SUFFIX).removesuffix(CHOICE_SUFFIX))
+    return _render([bare], describe(scene, rng, described), _BARE)
+
+
+def draw_batch(rng: np.random.Generator, tokenizer: LlamaTokenizer, progress: float, num_tokens: int) -> list:
+    """Encoded texts of at least so many tokens, for a training of which the share `progress` is over.
+
+    Drills first; after the last lesson seven of ten batches hold conversations of one to six turns, the others drills.
+    """
+    lesson = next((lesson for lesson in LESSONS if progress <= lesson.until), LESSONS[-1])
+    is_drill = progress <= LESSONS[-1].until or rng.random() < 0.3
+    num_turns = int(rng.integers(1, 7))
+    batch: list[tuple[Tensor, Tensor]] = []
+    while sum(len(ids) for ids, _ in batch) < num_tokens:
+        rendered = draw_drill(rng, lesson) if is_drill else draw_conversation(rng, num_turns)
+        batch.append(encode(tokenizer, rendered))
+    return batch
 
 
 def _render(questions: Sequence[Question], context: str, template: Template = _TEMPLATE) -> list[Piece]:
@@ -176,16 +247,15 @@ def text_accuracy(
 
 
 def train_llm(
-    steps: int, seed: int, tokens_per_step: int = 800, learning_rate: float = 2e-3
+    steps: int, seed: int, tokens_per_step: int = 2400, learning_rate: float = 1e-3
 ) -> tuple[LlamaForCausalLM, LlamaTokenizer, list[dict]]:
-    """Train the mini LLM on conversations about described training scenes, fresh ones at every step.
+    """Train the mini LLM on described training scenes, fresh ones at every step: `LESSONS`, then conversations.
 
-    Four steps of five, until the last quarter, hold one or two questions without the system text: short texts are many
-    texts, and it is their number that teaches to read a description. All tokens are learned, answers with more weight.
+    All tokens are learned, answers with more weight.
 
     Args:
         steps: Optimizer steps.
-        seed: Of initialisation and conversations.
+        seed: Of initialisation and texts.
         tokens_per_step: About as many tokens as a batch holds.
         learning_rate: The highest; linear warm-up, then cosine to zero.
 
@@ -197,17 +267,11 @@ def train_llm(
     tokenizer = build_llm_tokenizer()
     model = build_llm(tokenizer).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    short = replace(_TEMPLATE, system="")
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, 50))
     curve: list[dict] = []
     losses: list[Tensor] = []
     for step in range(1, steps + 1):
-        is_short = step <= 0.75 * steps and rng.random() < 0.8
-        num_turns = int(rng.integers(1, 3 if is_short else 7))
-        expected_length = (40 if is_short else 75) + 26 * num_turns
-        template = short if is_short else _TEMPLATE
-        count = max(2, tokens_per_step // expected_length)
-        ids, labels = collate([encode(tokenizer, draw_conversation(rng, num_turns, template)) for _ in range(count)])
+        ids, labels = collate(draw_batch(rng, tokenizer, step / steps, tokens_per_step))
         answers, others = answer_and_text_loss(model, ids, labels)
         optimizer.zero_grad(set_to_none=True)
         (answers + 0.3 * others).backward()
@@ -215,7 +279,7 @@ def train_llm(
         optimizer.step()
         schedule.step()
         losses.append(answers.detach())
-        if step % 500 == 0 or step == steps:
+        if step % 100 == 0 or step == steps:
             model.eval()
             accuracy = text_accuracy(model, tokenizer, "validation", 6)
             model.train()

@@ -122,7 +122,7 @@ PATTERN_NAMES = {
     "text": "Texts",
     "viewpoint": "Viewpoint and Perspective",
 }
-_GROUNDS = {"dark": (44, 46, 54), "light": (222, 220, 210), "teal": (70, 140, 140)}
+GROUNDS = {"dark": (44, 46, 54), "light": (222, 220, 210), "teal": (70, 140, 140)}
 _LETTERS = {  # 5 x 5 bitmaps
     "A": ("01110", "10001", "11111", "10001", "10001"),
     "T": ("11111", "00100", "00100", "00100", "00100"),
@@ -196,7 +196,7 @@ def draw(scene: Scene) -> Image.Image:
     radius = rng.uniform(9.0, 11.5)
     tint = rng.integers(-14, 15, size=(3, 3))
     colour = tuple(int(c) for c in np.clip(np.array(COLOURS[scene.colour]) + tint[0], 0, 255))
-    ground = tuple(int(c) for c in np.clip(np.array(_GROUNDS[scene.color]) + tint[1], 0, 255))
+    ground = tuple(int(c) for c in np.clip(np.array(GROUNDS[scene.color]) + tint[1], 0, 255))
     ink = (250, 250, 250) if scene.color != "light" else (20, 20, 24)
 
     canvas = Image.new("RGB", (IMAGE_SIZE * _SCALE, IMAGE_SIZE * _SCALE), ground)

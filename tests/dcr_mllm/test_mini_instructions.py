@@ -16,8 +16,10 @@ from PIL import Image
 
 from dcr_mllm.conversation import TEMPLATES, VICUNA_SYSTEM, Turn, pieces, prompt
 from dcr_mllm.mini import build, data, instructions, llm, world
+from dcr_mllm.mini.groups import Group, draw_group, group_split, random_group
 from dcr_mllm.runs import hash_directory
 
+QUARTERS = ("upper left", "upper right", "lower left", "lower right")
 PACKAGED = Path(world.__file__).parent / "weights"
 
 # What each phrase says, written down once more so that answers are checked by other means than they are made by.
@@ -146,12 +148,22 @@ def test_images_show_the_scenes_that_are_listed(drawn: Path):
     """`scenes.csv` is what the other tests go by, so it has to be what was drawn."""
     with (drawn / "scenes.csv").open() as file:
         scenes = {row.pop("id"): world.Scene(**{**row, "jitter": int(row["jitter"])}) for row in csv.DictReader(file)}
+    with (drawn / "groups.csv").open() as file:
+        groups = {row["id"]: row for row in csv.DictReader(file)}
     for name, split in (("align", "train"), ("instruct", "train"), ("heldout", "test")):
         for sample in read(drawn, name):
-            if "image" in sample:
+            if sample["id"] in groups:
+                assert sample["id"] not in scenes
+            elif "image" in sample:
                 scene = scenes[sample["id"]]
                 assert np.array_equal(np.asarray(Image.open(drawn / sample["image"])), np.asarray(world.draw(scene)))
                 assert world.split_of(scene) == split
+    assert len(groups) > 3
+    for name, row in groups.items():
+        quarters = tuple(tuple(row[where].split()) or None for where in QUARTERS)
+        group = Group(quarters=quarters, ground=row["ground"], jitter=int(row["jitter"]))
+        assert np.array_equal(np.asarray(Image.open(drawn / "images" / f"{name}.png")), np.asarray(draw_group(group)))
+        assert group_split(group) == "train"
 
 
 def test_same_seed_same_data(drawn: Path, tmp_path: Path):
@@ -169,7 +181,8 @@ def test_same_seed_same_data(drawn: Path, tmp_path: Path):
 def test_training_shows_no_scene_of_a_benchmark(tmp_path: Path):
     """By what the scenes show: of thousands of training scenes none is in the pairs, labels or questions held out."""
     training = {scene.content() for _, scene in instructions.align_samples(2000)}
-    training |= {scene.content() for _, scene in instructions.instruct_samples(2000) if scene}
+    instruct = [shown for _, shown in instructions.instruct_samples(2000)]
+    training |= {scene.content() for scene in instruct if isinstance(scene, world.Scene)}
     benchmarks = {scene.content() for _, scene in instructions.heldout_samples(12)}
     for split in ("validation", "test"):
         benchmarks |= {scene.content() for _, *pair in data._pairs(split, 30, 0) for scene in pair}
@@ -178,8 +191,10 @@ def test_training_shows_no_scene_of_a_benchmark(tmp_path: Path):
             for row in csv.DictReader(file):
                 colour, kind = row["class"].split()
                 benchmarks.add((kind, colour, *(row[attribute] for attribute in world.ATTRIBUTES)))
-    assert len(training) > 3800 and len(benchmarks) > 1800
+    assert len(training) > 3500 and len(benchmarks) > 1800
     assert not training & benchmarks
+    groups = [group for group in instruct if isinstance(group, Group)]
+    assert len(groups) > 200 and {group_split(group) for group in groups} == {"train"}
 
 
 def test_every_answer_is_right():
@@ -187,7 +202,7 @@ def test_every_answer_is_right():
     samples = [*instructions.instruct_samples(1500), *instructions.heldout_samples(12)]
     seen: collections.Counter = collections.Counter()
     for sample, scene in samples:
-        if scene is None:
+        if not isinstance(scene, world.Scene):
             continue
         values = [turn["value"] for turn in sample["conversations"]]
         context, values[0] = values[0].split("\n", 1)
@@ -201,6 +216,31 @@ def test_every_answer_is_right():
                 assert answer == right_answer(scene, question), question
                 seen[answer if answer in ("Yes", "No", "A", "B", "C", "D") else "short"] += 1
     assert set(seen) == {"description", "Yes", "No", "A", "B", "C", "D", "short"}
+
+
+def test_questions_on_groups_are_right_and_fair_to_the_last():
+    """Whatever was answered before, the next answer is yes or no with equal chance."""
+    rng = np.random.default_rng(2)
+    after: dict[tuple[str, ...], collections.Counter] = collections.defaultdict(collections.Counter)
+    similar = []
+    for _ in range(3000):
+        group = random_group(rng, "train", int(rng.integers(2, 5)))
+        there = {" ".join(label) for label in group.labels}
+        answers: tuple[str, ...] = ()
+        asked = []
+        for question in instructions.draw_group_questions(group, rng, 4):
+            match = re.fullmatch(r"Is there an? (\w+ \w+) in the image\?\nAnswer the question.*", question.text)
+            assert match and (question.answer == "Yes") == (match[1] in there)
+            colour, kind = match[1].split()
+            if question.answer == "No":
+                similar.append(any(label[0] == colour or label[1] == kind for label in group.labels))
+            asked.append(match[1])
+            after[answers][question.answer] += 1
+            answers += (question.answer,)
+        assert len(set(asked)) == len(asked)
+    for before in [(), ("Yes",), ("No",), ("Yes", "No"), ("No", "No")]:
+        assert abs(after[before]["Yes"] / after[before].total() - 0.5) < 0.05, before
+    assert 0.55 < np.mean(similar) < 0.85  # a good part of all objects share a colour or a kind by chance
 
 
 def test_captions_name_the_class_and_one_detail():
@@ -278,7 +318,7 @@ def test_instruct_mixes_turns_and_text():
     samples = [sample for sample, _ in instructions.instruct_samples(2000)]
     num_turns = collections.Counter(len(sample["conversations"]) // 2 for sample in samples)
     assert set(num_turns) == {1, 2, 3, 4, 5, 6}
-    assert sum(num_turns[count] for count in (3, 4, 5)) / 2000 > 0.75
+    assert sum(num_turns[count] for count in (3, 4, 5)) / 2000 > 0.7
     assert 0.06 < sum("image" not in sample for sample in samples) / 2000 < 0.105
 
 
@@ -400,6 +440,7 @@ def test_conversations_tell_of_training_scenes_what_they_ask(monkeypatch: pytest
     monkeypatch.setattr(llm, "random_scene", draw_scene)
     monkeypatch.setattr(llm, "draw_questions", draw_questions)
     monkeypatch.setattr(llm, "describe", describe)
+    monkeypatch.setattr(llm, "_draw_caption", lambda scene, rng: [])
     rng = np.random.default_rng(0)
     for _ in range(200):
         llm.draw_conversation(rng, 3)
@@ -409,6 +450,95 @@ def test_conversations_tell_of_training_scenes_what_they_ask(monkeypatch: pytest
         assert attributes - {"colour", "kind", "all"} <= described
         assert "all" not in attributes or described == set(world.ATTRIBUTES)
     assert {len(described) for described in told} >= set(range(2, 10))
+
+
+def described_scene(text: str) -> tuple[set[str], set[tuple[str, str]]]:
+    """Words of class, and details, of a description that may lack joining words."""
+    words = text.split()
+    found = {("presence", "plain" if "without" in words else "spot")} if "spot" in words else set()
+    found |= {("state", "dull" if "not" in words else "glowing")} if "glowing" in words else set()
+    rest = re.sub(r"(ball|facing)( on)?( the)? ", r"\1-", text.replace("letter ", "letter-")).split()
+    for word in rest:
+        found |= {("orientation", word[7:])} if word.startswith("facing-") else set()
+        found |= {("position", word[5:])} if word.startswith("ball-") else set()
+        found |= {("text", word[7:].upper())} if word.startswith("letter-") else set()
+        for attribute in ("quantity", "color", "structure", "viewpoint"):
+            found |= {(attribute, word)} if word in world.ATTRIBUTES[attribute] else set()
+    return {word for word in words if word in {*world.COLOURS, *world.KINDS}}, found
+
+
+@pytest.mark.parametrize("lesson", llm.LESSONS)
+def test_drills_can_be_answered_from_their_description(lesson: llm.Lesson, monkeypatch: pytest.MonkeyPatch):
+    """Words alone decide: the answer that follows from the description is the one that is learned."""
+    splits, asked = [], []
+    draw_scene, ask = llm.random_scene, llm.ask
+    monkeypatch.setattr(llm, "random_scene", lambda rng, split: splits.append(split) or draw_scene(rng, split))
+
+    def remember(scene, *args):
+        question = ask(scene, *args)
+        asked.append((scene, question))
+        return question
+
+    monkeypatch.setattr(llm, "ask", remember)
+    rng = np.random.default_rng(3)
+    numbers, told_yes = set(), []
+    for _ in range(300):
+        rendered = llm.draw_drill(rng, lesson)
+        before, answer = ("".join(piece.text for piece in rendered if piece.learned == learned) for learned in (0, 1))
+        scene, question = asked[-1]
+        description, rest = before.removeprefix("USER: ").split("\n", 1)
+        classes, details = described_scene(description)
+        assert classes == {scene.colour, scene.kind}
+        assert question.attribute in {"colour", "kind", *(attribute for attribute, _ in details)}
+        assert all(holds(scene, detail) for detail in details)
+        assert right_answer(scene, question.text) == question.answer == answer.removesuffix("</s>")
+        assert rest == question.text.rsplit("\nAnswer", 1)[0] + " ASSISTANT: "
+        numbers.add(len(details))
+        told_yes.append(question.answer == "Yes")
+    assert set(splits) == {"train"}
+    assert numbers == set(range(1, lesson.max_details + 1))
+    assert {question.form for _, question in asked} == set(lesson.forms)
+    assert {question.attribute for _, question in asked} == {*world.ATTRIBUTES, "colour", "kind"}
+    if "short" not in lesson.forms and "choice" not in lesson.forms:
+        assert 0.4 < np.mean(told_yes) < 0.6
+
+
+def test_captions_say_what_their_description_says():
+    rng = np.random.default_rng(5)
+    lengths = set()
+    for _ in range(200):
+        scene = world.random_scene(rng, "train")
+        described, caption = llm._draw_caption(scene, rng)
+        assert (described.learned, caption.learned) == (False, True)
+        assert described.text.endswith("\n") and caption.text.endswith("\n") and scene.label in caption.text
+        details = facts_in(caption.text)
+        assert details <= described_scene(described.text)[1]
+        lengths.add(len(details))
+    assert lengths == {1, 9}
+
+
+def test_lessons_come_in_order_and_then_conversations(tokenizer, monkeypatch: pytest.MonkeyPatch):
+    drawn = []
+    draw_drill, draw_conversation = llm.draw_drill, llm.draw_conversation
+    monkeypatch.setattr(llm, "draw_drill", lambda rng, lesson: drawn.append(lesson) or draw_drill(rng, lesson))
+    monkeypatch.setattr(llm, "draw_conversation", lambda rng, n: drawn.append(n) or draw_conversation(rng, n))
+    rng = np.random.default_rng(0)
+    ends = [lesson.until for lesson in llm.LESSONS]
+    assert ends == sorted(ends) and ends[-1] < 1
+    for lesson in llm.LESSONS:
+        drawn.clear()
+        batch = llm.draw_batch(rng, tokenizer, lesson.until, 100)
+        assert drawn == [lesson] * len(batch)
+        assert 100 <= sum(len(ids) for ids, _ in batch) < 200
+    kinds = []
+    for _ in range(60):
+        drawn.clear()
+        llm.draw_batch(rng, tokenizer, 0.9, 1)
+        (kind,) = drawn
+        kinds.append(kind)
+    turns = [kind for kind in kinds if isinstance(kind, int)]
+    assert set(turns) == set(range(1, 7)) and 30 < len(turns) < 54
+    assert {kind for kind in kinds if not isinstance(kind, int)} == {llm.LESSONS[-1]}
 
 
 def test_a_few_steps_lower_the_loss_and_are_repeatable(monkeypatch: pytest.MonkeyPatch):

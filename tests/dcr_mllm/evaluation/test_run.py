@@ -17,9 +17,10 @@ from PIL import Image
 
 from dcr_mllm.conversation import TEMPLATES, Turn, prompt
 from dcr_mllm.errors import UserError
-from dcr_mllm.evaluation.mllm_tasks import mmvp_item, mmvp_rows
+from dcr_mllm.evaluation.mllm_tasks import mmvp_item, mmvp_rows, pope_rows
 from dcr_mllm.evaluation.run import main
 from dcr_mllm.llava import load_llava, load_processor
+from dcr_mllm.mini.groups import write_pope
 
 ROOT = Path(__file__).parents[3]
 
@@ -142,3 +143,24 @@ def test_mmvp_layout(tmp_path: Path):
     table.unlink()
     with pytest.raises(UserError, match="Questions.csv is missing"):
         mmvp_rows(tmp_path / "b" / "mmvp")
+
+
+def test_pope_layout(tmp_path: Path):
+    folder = tmp_path / "pope"
+    write_pope(folder, num_images=2)
+    rows = pope_rows(folder)
+    assert len(rows) == 36 and [row["id"] for row in rows] == [str(k) for k in range(36)]
+    assert [row["category"] for row in rows[::12]] == ["random", "popular", "adversarial"]
+    assert {row["image_source"] for row in rows} == {"mini_000000", "mini_000001"}
+    first = json.loads((folder / "coco_pope_random.json").read_text().splitlines()[0])
+    assert (rows[0]["question"], rows[0]["answer"]) == (first["text"], first["label"])
+    (folder / "val2014" / "mini_000001.png").unlink()
+    with pytest.raises(UserError, match=r"1 images are missing, the first: \S*mini_000001.png"):
+        pope_rows(folder)
+    (folder / "coco_pope_popular.json").write_text('{"image": "a.png", "text": "Is it?", "label": "yes"}\n{"image"')
+    with pytest.raises(UserError, match="coco_pope_popular.json line 2 is no question"):
+        pope_rows(folder)
+    (folder / "coco_pope_adversarial.json").unlink()
+    (folder / "coco_pope_popular.json").write_text("")
+    with pytest.raises(UserError, match="coco_pope_adversarial.json is missing"):
+        pope_rows(folder)
