@@ -82,7 +82,12 @@ class Run:
 
 
 def open_run(
-    root: str | Path, config: Any, *, create: bool = True, ignore: Iterable[str] = ("runs_dir", "report_to")
+    root: str | Path,
+    config: Any,
+    *,
+    create: bool = True,
+    ignore: Iterable[str] = ("runs_dir", "report_to"),
+    option: str = "run=",
 ) -> Run:
     """Opens `root/<config.run>` for exactly this config.
 
@@ -91,6 +96,7 @@ def open_run(
         config: config dataclass with a field `run`.
         create: make the folder and write the resolved config; False only looks (dry runs, other ranks).
         ignore: keys that may differ between start and resumption, since they change no result.
+        option: what a user puts before another name.
 
     Returns:
         The run with its state; a finished run comes back only if its config equals this one.
@@ -111,13 +117,13 @@ def open_run(
         if changed:
             raise UserError(
                 f"{path} was {'finished' if finished else 'started'} with another config ({'; '.join(changed)}); "
-                f"choose another name, e.g. run={_free_name(root, name)}, or repeat the command with the old values"
+                f"choose another name, e.g. {option}{_free_name(root, name)}, or repeat the command with the old values"
             )
         return Run(name=name, path=path, state="finished" if finished else "resumable")
     if path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
         raise UserError(
             f"{path} exists but holds no {CONFIG_FILE}, so it is not a run; choose another name, "
-            f"e.g. run={_free_name(root, name)}"
+            f"e.g. {option}{_free_name(root, name)}"
         )
     if create:
         try:

@@ -7,6 +7,7 @@ lmms-eval's own LLaVA turns it into an empty answer.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class DcrLlava(lmms):
         batch_size: Questions that are decoded together.
         device: `auto`, `cpu` or `cuda`, the last by local rank where several processes share a run.
         dtype: Of the weights; `auto` keeps the stored one on CUDA and takes float32 on the CPU.
+        answers: JSONL file of answers that this model has given to these questions; it is added to after every batch.
     """
 
     is_simple = False
@@ -40,6 +42,7 @@ class DcrLlava(lmms):
         batch_size: int | str = 16,
         device: str | None = "auto",
         dtype: str = "auto",
+        answers: str | Path | None = None,
     ) -> None:
         super().__init__()
         from accelerate import PartialState
@@ -54,6 +57,7 @@ class DcrLlava(lmms):
             dtype = "float32"
         model: Any = load_llava(Path(pretrained), dtype)
         self.model = model.to(self.device)
+        self.answers = None if answers is None else Path(answers)
 
     @property
     def tokenizer_name(self) -> str:
@@ -66,8 +70,27 @@ class DcrLlava(lmms):
             UserError: A task asks for sampling or beams, or shows a video.
         """
         prepared = [self._request(*instance.args) for instance in requests]
-        answers = generate_answers(self.model, self.processor, prepared, batch_size=self.batch_size)
+        answers = self._answer(prepared)
         return [_cut(answer, instance.args[2].get("until")) for answer, instance in zip(answers, requests, strict=True)]
+
+    def _answer(self, requests: Sequence[Request]) -> list[str]:
+        if self.answers is None:
+            return generate_answers(self.model, self.processor, requests, batch_size=self.batch_size)
+        known = read_answers(self.answers)
+        keys = [request_key(request) for request in requests]
+        left = [k for k, key in enumerate(keys) if key not in known]
+        with self.answers.open("a", encoding="utf-8") as file:
+
+            def keep(found: dict[int, str]) -> None:
+                for position, answer in found.items():
+                    key = keys[left[position]]
+                    known[key] = answer
+                    file.write(json.dumps({"key": key, "answer": answer}) + "\n")
+                file.flush()
+
+            asked = [requests[k] for k in left]
+            generate_answers(self.model, self.processor, asked, batch_size=self.batch_size, on_answers=keep)
+        return [known[key] for key in keys]
 
     def _request(
         self, _context: str, doc_to_messages: Any, settings: dict[str, Any], doc_id: int, task: str, split: str
@@ -94,6 +117,24 @@ class DcrLlava(lmms):
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise UserError("dcr_llava answers single questions; tasks of several rounds are not supported")
+
+
+def request_key(request: Request) -> str:
+    """A hash of prompt, images and settings: what an answer of one model depends on."""
+    text = json.dumps([request.prompt, request.image_key, request.max_new_tokens])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_answers(path: Path) -> dict[str, str]:
+    """Answers by request; a last line that a killed run left half written is cut off."""
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    records = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    return {record["key"]: record["answer"] for record in records}
 
 
 def image_key(images: Sequence[Any]) -> str:

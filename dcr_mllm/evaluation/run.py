@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcr_mllm.cli import run_main
 from dcr_mllm.errors import UserError
+from dcr_mllm.runs import write_json_atomic, write_text_atomic
+
+if TYPE_CHECKING:
+    from dcr_mllm.evaluation.mllm_tasks import TaskData
 
 RESULTS_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What an evaluation depends on; the same command goes on with it or prints its results.
+
+    Attributes:
+        run: Name of the folder of results.
+        tasks: Benchmarks.
+        models: LLaVA directories by name, the baseline first.
+        model_hashes: Of what is in them.
+        data: Where the benchmarks are.
+        limit: Questions per task.
+        batch_size: Questions that are decoded together.
+        device: Where the models run.
+    """
+
+    run: str
+    tasks: list[str]
+    models: dict[str, str]
+    model_hashes: dict[str, str]
+    data: str
+    limit: int | None
+    batch_size: int
+    device: str
+
+
 _LAST_RUN = Path("runs/mini/stage2")
 
 
@@ -48,9 +80,32 @@ def main(argv: list[str] | None = None) -> int:
         if (options.limit is not None and options.limit < 1) or options.batch_size < 1:
             raise UserError("--limit and --batch-size have to be at least 1")
         models = _models(options.models)
-        results = evaluate(
-            models, tasks, _data(options.data, models), options.out, limit=options.limit, batch_size=options.batch_size
+        data = _data(options.data, models)
+        import torch
+
+        from dcr_mllm.runs import hash_directory, open_run
+
+        config = EvalConfig(
+            run=options.out.name,
+            tasks=tasks,
+            models={name: str(path) for name, path in models.items()},
+            model_hashes={name: hash_directory(path) for name, path in models.items()},
+            data=data,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            device="cuda" if torch.cuda.is_available() else "cpu",
         )
+        option = f"--out {options.out.parent}/"
+        run = open_run(options.out.parent, config, option=option, create=False)
+        if run.state == "finished":
+            print(f"{options.out} is finished; for another evaluation choose another --out")
+            results = json.loads((options.out / "results.json").read_text(encoding="utf-8"))
+        else:
+            loaded = load_tasks(config)  # before the folder is made: missing data are a mistake of the user
+            run = open_run(options.out.parent, config, option=option)
+            results = evaluate(config, loaded, options.out)
+            write_json_atomic(options.out / "results.json", results)
+            run.finish({})
         print(format_results(results))
         print(f"\nresults: {options.out / 'results.json'}, answers: {options.out / 'answers'}")
 
@@ -97,60 +152,59 @@ def _trained_on_mini(path: Path) -> bool:
     return config.get("instruct", {}).get("data") == "mini"
 
 
-def evaluate(
-    models: dict[str, Path],
-    tasks: list[str],
-    data: str,
-    out: Path,
-    *,
-    limit: int | None = None,
-    batch_size: int = 32,
-) -> dict[str, Any]:
+def load_tasks(config: EvalConfig) -> dict[str, TaskData]:
+    """The rows of every task, as many as the limit allows."""
+    from dcr_mllm.evaluation.mllm_tasks import TASKS, load_task
+
+    loaded = {name: load_task(name, config.data, Path("runs")) for name in config.tasks}
+    for name, found in loaded.items():
+        if config.limit is not None and config.limit < len(found.rows):
+            unit = TASKS[name].unit_size
+            kept = max(unit, config.limit - config.limit % unit)
+            said = ", whole pairs" if kept != config.limit else ""
+            print(f"{found.name}: {kept} of {len(found.rows)} questions{said}")
+            loaded[name] = found._replace(rows=found.rows[:kept])
+    return loaded
+
+
+def evaluate(config: EvalConfig, loaded: dict[str, TaskData], out: Path) -> dict[str, Any]:
     """Ask every model every question, score the raw answers, compare each model with the first.
 
     Args:
-        models: LLaVA directories by name, the baseline first.
-        tasks: Of `mllm_tasks.TASKS`.
-        data: See `mllm_tasks.load_task`.
-        out: Folder of `results.json` and `answers/<model>/<task>.jsonl`.
-        limit: Questions per task.
-        batch_size: Questions that are decoded together.
+        config: What is evaluated.
+        loaded: Rows by task.
+        out: Folder of answers; those of a killed run are not asked for again.
 
     Returns:
-        What `results.json` holds.
+        Scores per model, and per model but the first its comparisons.
     """
-    from dcr_mllm.evaluation.mllm_tasks import TASKS, load_task, write_lmms_task
+    from dcr_mllm.evaluation.mllm_tasks import TASKS, write_lmms_task
     from dcr_mllm.evaluation.verdicts import add_verdicts, compare_task
-    from dcr_mllm.runs import atomic_directory, package_versions, write_json_atomic
+    from dcr_mllm.runs import atomic_directory, package_versions
 
-    loaded = {name: load_task(name, data, Path("runs")) for name in tasks}
-    for name, found in loaded.items():
-        if limit is not None and limit < len(found.rows):
-            unit = TASKS[name].unit_size
-            kept = max(unit, limit - limit % unit)
-            print(f"{found.name}: {kept} of {len(found.rows)} questions" + (", whole pairs" if kept != limit else ""))
-            loaded[name] = found._replace(rows=found.rows[:kept])
     definitions = out / "tasks"
     with atomic_directory(definitions, replace=True) as temporary:
         for name, found in loaded.items():
             write_lmms_task(name, found, temporary, definitions)
     scored: dict[str, dict[str, Any]] = {}
-    for model, path in models.items():
-        answers = ask(path, loaded, definitions, batch_size)
+    for model, path in config.models.items():
+        raw = out / "raw" / f"{model}.jsonl"
+        raw.parent.mkdir(exist_ok=True)
+        answers = ask(config, path, loaded, definitions, raw)
         scored[model] = {}
         for name, found in loaded.items():
             items = [TASKS[name].item(row, answer) for row, answer in zip(found.rows, answers[name], strict=True)]
             scored[model][found.name] = found.score(items)
             _write_answers(out / "answers" / model / f"{found.name}.jsonl", items, scored[model][found.name])
-    first, *others = models
+    first, *others = config.models
     comparisons = {}
     for model in others:
         comparisons[model] = {task: compare_task(scored[first][task], scored[model][task]) for task in scored[model]}
         add_verdicts(comparisons[model])
-    results = {
+    return {
         "version": RESULTS_VERSION,
-        "models": {name: str(path) for name, path in models.items()},
-        "settings": {"batch_size": batch_size, "limit": limit, "data": data, "decoding": "greedy"},
+        "config": dataclasses.asdict(config),
+        "decoding": "greedy",
         "scores": {
             model: {
                 task: {"measures": entry.values(), "questions": len(entry.right), "unparsable": len(entry.unparsable)}
@@ -161,12 +215,20 @@ def evaluate(
         "comparisons": comparisons,
         "packages": package_versions(),
     }
-    write_json_atomic(out / "results.json", results)
-    return results
 
 
-def ask(path: Path, tasks: dict[str, Any], definitions: Path, batch_size: int) -> dict[str, list[str]]:
-    """One model's raw answers to every task's rows, in their order, through lmms-eval."""
+def ask(
+    config: EvalConfig, path: str, tasks: dict[str, TaskData], definitions: Path, raw: Path
+) -> dict[str, list[str]]:
+    """One model's raw answers to every task's rows, in their order, through lmms-eval.
+
+    Args:
+        config: Batch size and device.
+        path: LLaVA directory.
+        tasks: `mllm_tasks.TaskData` by name.
+        definitions: Folder of their task files.
+        raw: Where answers are kept as they come.
+    """
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
@@ -177,12 +239,12 @@ def ask(path: Path, tasks: dict[str, Any], definitions: Path, batch_size: int) -
     # Only these: lmms-eval's full index takes ten seconds.
     manager = TaskManager("WARNING", include_path=str(definitions), include_defaults=False)
     found = simple_evaluate(
-        model=DcrLlava(str(path), batch_size=batch_size),
+        model=DcrLlava(path, batch_size=config.batch_size, device=config.device, answers=raw),
         tasks=list(names.values()),
         task_manager=manager,
         log_samples=True,
         bootstrap_iters=0,
-        batch_size=batch_size,
+        batch_size=config.batch_size,
     )
     answers = {}
     for task, name in names.items():
@@ -192,8 +254,6 @@ def ask(path: Path, tasks: dict[str, Any], definitions: Path, batch_size: int) -
 
 
 def _write_answers(path: Path, items: list[dict[str, Any]], scored: Any) -> None:
-    from dcr_mllm.runs import write_text_atomic
-
     path.parent.mkdir(parents=True, exist_ok=True)
     unparsable = set(scored.unparsable)
     lines = [
@@ -205,7 +265,7 @@ def _write_answers(path: Path, items: list[dict[str, Any]], scored: Any) -> None
 
 def format_results(results: dict[str, Any]) -> str:
     """The results as text: verdicts first, then every measure."""
-    first = next(iter(results["models"]))
+    first = next(iter(results["config"]["models"]))
     lines = []
     for model, tasks in results["comparisons"].items():
         for task, entry in tasks.items():
@@ -217,12 +277,12 @@ def format_results(results: dict[str, Any]) -> str:
             )
         lines.append("one training run each: training variance not measured")
     for task in results["scores"][first]:
-        lines += ["", f"{task:<28}" + "".join(f"{model:>12}" for model in results["models"])]
+        lines += ["", f"{task:<28}" + "".join(f"{model:>12}" for model in results["config"]["models"])]
         for name in results["scores"][first][task]["measures"]:
-            cells = [results["scores"][model][task]["measures"][name] for model in results["models"]]
+            cells = [results["scores"][model][task]["measures"][name] for model in results["config"]["models"]]
             lines.append(f"  {name:<26}" + "".join(f"{value:>12.1f}" for value in cells))
         for name in ("questions", "unparsable"):
-            cells = [results["scores"][model][task][name] for model in results["models"]]
+            cells = [results["scores"][model][task][name] for model in results["config"]["models"]]
             lines.append(f"  {name:<26}" + "".join(f"{value:>12}" for value in cells))
     return "\n".join(lines)
 

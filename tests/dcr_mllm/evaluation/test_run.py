@@ -17,6 +17,7 @@ from PIL import Image
 
 from dcr_mllm.conversation import TEMPLATES, Turn, prompt
 from dcr_mllm.errors import UserError
+from dcr_mllm.evaluation import generation
 from dcr_mllm.evaluation.mllm_tasks import mmvp_item, mmvp_rows, pope_rows
 from dcr_mllm.evaluation.run import main
 from dcr_mllm.llava import load_llava, load_processor
@@ -61,6 +62,38 @@ def test_models_are_compared_on_raw_answers(tmp_path: Path, two_llavas: list[Pat
     answers = [json.loads(line) for line in (out / "answers" / "base" / "mmvp.jsonl").read_text().splitlines()]
     assert [item["answer"] for item in answers] == generated(two_llavas[0], data, 6)
     assert [item["index"] for item in answers] == [1, 2, 3, 4, 5, 6]
+
+    # The same command prints the results again; another one is refused.
+    assert main([*arguments, "--limit", "7"]) == 0
+    again = capsys.readouterr().out
+    assert "is finished" in again and again.splitlines()[-12:] == printed.splitlines()[-12:]
+    assert main(arguments) == 2
+    assert f"choose another name, e.g. --out {tmp_path}/out-2" in capsys.readouterr().err
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, two_llavas: list[Path], monkeypatch: pytest.MonkeyPatch):
+    """Killed in the second batch, with half a line written: no question is asked twice, the results are the same."""
+    data = write_mmvp(tmp_path)
+    arguments = ["--tasks", "mmvp", "--models", str(two_llavas[0]), "--data", str(data), "--batch-size", "3"]
+    assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    answer_batch, asked = generation._answer_batch, []
+
+    def killed(model: Any, processor: Any, requests: list, split: list) -> list[str]:
+        asked.append(len(requests))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer_batch(model, processor, requests, split)
+
+    monkeypatch.setattr(generation, "_answer_batch", killed)
+    out = tmp_path / "killed"
+    assert main([*arguments, "--out", str(out)]) == 130
+    with (out / "raw" / "base.jsonl").open("a") as file:
+        file.write('{"key": "half')
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert asked == [3, 3, 3, 3, 1]
+    for name in ("results.json", "answers/base/mmvp.jsonl"):
+        whole, resumed = ((tmp_path / run / name).read_text() for run in ("whole", "killed"))
+        assert whole.replace("whole", "killed") == resumed
 
 
 def generated(path: Path, data: Path, count: int) -> list[str]:
