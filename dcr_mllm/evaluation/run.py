@@ -15,6 +15,7 @@ from dcr_mllm.runs import write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from dcr_mllm.evaluation.mllm_tasks import TaskData
+    from dcr_mllm.evaluation.scored import Scored
 
 RESULTS_VERSION = 1
 
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
             write_json_atomic(options.out / "results.json", results)
             run.finish({})
         print(format_results(results))
-        print(f"\nresults: {options.out / 'results.json'}, answers: {options.out / 'answers'}")
+        print(f"\nreport: {options.out / 'report.html'}, numbers: {options.out / 'results.json'}")
 
     return run_main(call)
 
@@ -176,9 +177,10 @@ def evaluate(config: EvalConfig, loaded: dict[str, TaskData], out: Path) -> dict
         out: Folder of answers; those of a killed run are not asked for again.
 
     Returns:
-        Scores per model, and per model but the first its comparisons.
+        Scores per model, and per model but the first its comparisons; `report.html` shows them.
     """
     from dcr_mllm.evaluation.mllm_tasks import TASKS, write_lmms_task
+    from dcr_mllm.evaluation.report import write_report
     from dcr_mllm.evaluation.verdicts import add_verdicts, compare_task
     from dcr_mllm.runs import atomic_directory, package_versions
 
@@ -186,22 +188,23 @@ def evaluate(config: EvalConfig, loaded: dict[str, TaskData], out: Path) -> dict
     with atomic_directory(definitions, replace=True) as temporary:
         for name, found in loaded.items():
             write_lmms_task(name, found, temporary, definitions)
-    scored: dict[str, dict[str, Any]] = {}
+    scored: dict[str, dict[str, Scored]] = {}
+    items: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for model, path in config.models.items():
         raw = out / "raw" / f"{model}.jsonl"
         raw.parent.mkdir(exist_ok=True)
         answers = ask(config, path, loaded, definitions, raw)
-        scored[model] = {}
+        items[model], scored[model] = {}, {}
         for name, found in loaded.items():
-            items = [TASKS[name].item(row, answer) for row, answer in zip(found.rows, answers[name], strict=True)]
-            scored[model][found.name] = found.score(items)
-            _write_answers(out / "answers" / model / f"{found.name}.jsonl", items, scored[model][found.name])
+            answered = [TASKS[name].item(row, answer) for row, answer in zip(found.rows, answers[name], strict=True)]
+            items[model][found.name], scored[model][found.name] = answered, found.score(answered)
+            _write_answers(out / "answers" / model / f"{found.name}.jsonl", answered, scored[model][found.name])
     first, *others = config.models
     comparisons = {}
     for model in others:
         comparisons[model] = {task: compare_task(scored[first][task], scored[model][task]) for task in scored[model]}
         add_verdicts(comparisons[model])
-    return {
+    results = {
         "version": RESULTS_VERSION,
         "config": dataclasses.asdict(config),
         "decoding": "greedy",
@@ -215,6 +218,8 @@ def evaluate(config: EvalConfig, loaded: dict[str, TaskData], out: Path) -> dict
         "comparisons": comparisons,
         "packages": package_versions(),
     }
+    write_report(results, loaded, items, scored, out / "report.html")
+    return results
 
 
 def ask(

@@ -111,7 +111,10 @@ def write_mmvp_vlm(directory: Path, split: str, pairs_per_pattern: int, seed: in
 
 
 def write_mmvp(directory: Path, split: str, pairs_per_pattern: int, seed: int = 0) -> None:
-    """Draw mini-MMVP: `Questions.csv` (Index, Question, Options, Correct Answer) and `MMVP Images/<Index>.jpg`."""
+    """Draw mini-MMVP: `Questions.csv` (Index, Question, Options, Correct Answer) and `MMVP Images/<Index>.jpg`.
+
+    The pattern of each question, which MMVP's file does not tell, is a further column.
+    """
     rng = np.random.default_rng(seed)
     rows: list[tuple] = []
     for attribute, *scenes in _pairs(split, pairs_per_pattern, seed):
@@ -123,9 +126,9 @@ def write_mmvp(directory: Path, split: str, pairs_per_pattern: int, seed: int = 
             index = len(rows) + 1
             question = _QUESTIONS[attribute].format(scene.label)
             correct = "(a)" if getattr(scene, attribute) == values[0] else "(b)"
-            rows.append((index, question, f"(a) {phrases[0]} (b) {phrases[1]}", correct))
+            rows.append((index, question, f"(a) {phrases[0]} (b) {phrases[1]}", correct, PATTERN_NAMES[attribute]))
             _jpeg(draw(scene), directory / "MMVP Images" / f"{index}.jpg")
-    _write_csv(directory / "Questions.csv", ("Index", "Question", "Options", "Correct Answer"), rows)
+    _write_csv(directory / "Questions.csv", ("Index", "Question", "Options", "Correct Answer", "Pattern"), rows)
 
 
 def write_labelled(directory: Path, split: str, num_train: int = 3000, num_test: int = 3000, seed: int = 0) -> None:

@@ -69,7 +69,7 @@ def test_pair_benchmarks_have_the_public_layouts(tmp_path: Path):
     data.write_mmvp(tmp_path / "mllm", "test", 15)
     with (tmp_path / "mllm" / "Questions.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["Index", "Question", "Options", "Correct Answer"] and len(rows) == 300 - 30
+    assert list(rows[0]) == ["Index", "Question", "Options", "Correct Answer", "Pattern"] and len(rows) == 300 - 30
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         assert first["Options"] == second["Options"]
         assert {first["Correct Answer"], second["Correct Answer"]} == {"(a)", "(b)"}
