@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,7 @@ def _pattern_svg(patterns: list[Any], units: dict[str, Any]) -> str:
     from scipy.stats import binomtest
 
     names = list(dict.fromkeys(patterns))
-    figure = Figure(figsize=(8, 0.55 * len(names) + 1.0))
+    figure = Figure(figsize=(5.4, 0.42 * len(names) + 1.0))
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     colours = ("#b8912b", "#2f83c9", "#3f9c63", "#b25fb0", "#c25b4c")
@@ -147,10 +148,10 @@ def _pattern_svg(patterns: list[Any], units: dict[str, Any]) -> str:
             label = model if row == 0 else None
             axes.plot([100 * hits.mean()], [height], "o", color=colour, markersize=6, label=label)
     axes.axvline(25, color=_INK, linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(names)), names, color=_INK)
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, 20) for name in names], color=_INK)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel("pairs right, %, with 95 % intervals; dotted: chance", color=_INK)
+    axes.set_xlabel("pairs right, %, 95 % intervals; dotted: chance", color=_INK)
     axes.tick_params(colors=_INK)
     for spine in axes.spines.values():
         spine.set_color(_INK)
@@ -192,7 +193,14 @@ def _galleries(
                     ]
                     for pair in chosen[:_MAX_PAIRS]
                 ]
-                galleries.append({"title": f"{task}: {title}", "count": len(chosen), "pairs": shown})
+                galleries.append(
+                    {
+                        "title": f"{task}: {title}",
+                        "count": f"{len(chosen)} pair{'' if len(chosen) == 1 else 's'}",
+                        "more": len(chosen) > _MAX_PAIRS,
+                        "pairs": shown,
+                    }
+                )
     return galleries
 
 
