@@ -601,4 +601,4 @@ def test_packaged_llm_answers_about_described_scenes():
         right[question.form].append(tokenizer.decode(answer, skip_special_tokens=True).strip() == question.answer)
     for form, hits in right.items():  # 66 questions a form: three standard errors are 18 points
         assert abs(100 * np.mean(hits) - card["quality"][f"text_{form}"]) < 18, form
-    assert np.mean(right["short"]) > 0.5
+        assert np.mean(hits) > 0.8, form  # it reads and compares: guessing gives 50 % or less
