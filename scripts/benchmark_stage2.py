@@ -209,9 +209,8 @@ def measure_align(model: Any) -> dict[str, Any]:
             save_file(
                 {"features": tower_features(model, images[0][None])[0].clone()}, Path(folder) / f"{k}.safetensors"
             )
-        for start in [0, *range(0, ALIGN_SAMPLES, BATCH)]:
+        for number, start in enumerate([0, *range(0, ALIGN_SAMPLES, BATCH)]):
             chosen = list(range(start, start + BATCH))
-            warm_up = not seconds["pixel"] and not losses["pixel"]
             for kind in seconds:
 
                 def run(kind: str = kind, chosen: list[int] = chosen, losses: dict[str, float] = losses) -> None:
@@ -228,7 +227,7 @@ def measure_align(model: Any) -> dict[str, Any]:
 
                 wall, _ = timed(run)
                 seconds[kind] += wall
-            if warm_up:
+            if number == 0:  # a warm-up
                 seconds, losses = dict.fromkeys(seconds, 0.0), dict.fromkeys(losses, 0.0)
     return {
         "pixel_seconds": seconds["pixel"],
