@@ -165,5 +165,6 @@ curves, hashes and package versions are in `card.json`; `samples.png` shows draw
 
 A rebuild rounds differently on another number of threads or with another torch, and a long training carries that far.
 The mini CLIP rebuilt on one thread knows classes as well (zero-shot 99.8 % for 99.9 %) but other details: 21.4 % of
-MMVP-VLM pairs for 27.6 %, the ground's colour less and spots more. Results in this repository are of the shipped weights.
+MMVP-VLM pairs for 27.6 %, the ground's colour less and spots more. Results in this repository are of the shipped
+weights.
 """
