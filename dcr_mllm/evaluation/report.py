@@ -86,6 +86,8 @@ def _verdicts(results: dict[str, Any]) -> list[dict[str, str]]:
                 f"p {entry['p_value']:.2g}, {entry['p_holm']:.2g} after Holm; {entry['gained']} gained, "
                 f"{entry['lost']} lost."
             )
+            if entry["caution"]:
+                sentence += f" Caution: {entry['caution']}."
             kind = entry["verdict"] if entry["verdict"] in ("better", "worse") else ""
             title = f"{task}, {model}" if len(results["comparisons"]) > 1 else task
             found.append({"task": title, "words": entry["verdict"], "kind": kind, "sentence": sentence})

@@ -280,6 +280,8 @@ def format_results(results: dict[str, Any]) -> str:
                 f"{entry['test']}, p {entry['p_value']:.2g} (Holm {entry['p_holm']:.2g}), "
                 f"{entry['gained']} gained and {entry['lost']} lost"
             )
+            if entry["caution"]:
+                lines.append(f"  caution: {entry['caution']}")
         lines.append("one training run each: training variance not measured")
     for task in results["scores"][first]:
         lines += ["", f"{task:<28}" + "".join(f"{model:>12}" for model in results["config"]["models"])]

@@ -27,6 +27,7 @@ class Scored:
         unit_name: What a unit is.
         right: [N] whether the answer to each item is right.
         unparsable: Positions of answers that say nothing the rule can read.
+        chance: A measure that guessing brings to a known value, and that value.
     """
 
     sums: np.ndarray
@@ -37,6 +38,7 @@ class Scored:
     unit_name: str
     right: np.ndarray
     unparsable: list[int]
+    chance: tuple[str, float] | None = None
 
     def values(self) -> dict[str, float]:
         """Every measure on the whole test set."""

@@ -95,6 +95,7 @@ def score_mmvp(items: Sequence[Item], disputed: Sequence[int] = MMVP_DISPUTED) -
         unit_name="pair",
         right=rights[""],
         unparsable=[k for k, letter in enumerate(said) if letter is None],
+        chance=("pair_accuracy", 25.0),
     )
 
 
@@ -127,9 +128,9 @@ def score_pope(items: Sequence[Item]) -> Scored:
             values[f"recall_{name}"] = np.where(tp + fn > 0, percent(tp, np.maximum(tp + fn, 1)), 0.0)
             values[f"f1_{name}"] = np.where(tp > 0, percent(2 * tp, np.maximum(2 * tp + fp + fn, 1)), 0.0)
             values[f"yes_ratio_{name}"] = percent(tp + fp, tp + fp + fn + tn)
-        for kind in ("f1", "accuracy", "precision", "recall", "yes_ratio"):
-            values[kind] = np.mean([values[f"{kind}_{name}"] for name in found], axis=0)
-        return values
+        kinds = ("f1", "accuracy", "precision", "recall", "yes_ratio")
+        means = {kind: np.mean([values[f"{kind}_{name}"] for name in found], axis=0) for kind in kinds}
+        return {**means, **values}
 
     return Scored(
         sums=columns.matrix(),
@@ -140,6 +141,7 @@ def score_pope(items: Sequence[Item]) -> Scored:
         unit_name="question",
         right=yes == truth,
         unparsable=[k for k, item in enumerate(items) if not says_yes_or_no(item["answer"])],
+        chance=("accuracy", 50.0),
     )
 
 
@@ -236,6 +238,7 @@ def score_naturalbench(items: Sequence[Item]) -> Scored:
         unit_name="group",
         right=right,
         unparsable=unparsable,
+        chance=("G", 6.25),
     )
 
 

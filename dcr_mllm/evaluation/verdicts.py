@@ -27,7 +27,7 @@ def compare_task(base: Scored, model: Scored, seed: int = 0) -> dict[str, Any]:
 
     Returns:
         For every measure `base`, `model`, `difference` and its 95 % `interval`; for the headline also `p_value` and its
-        `test`, `gained` and `lost` units, and `minimum_detectable_effect`.
+        `test`, `gained` and `lost` units, and `minimum_detectable_effect`; `caution` if both may just be guessing.
     """
     if base.clusters != model.clusters:
         raise UserError("the two models did not answer the same questions; evaluate both on the same data")
@@ -62,7 +62,12 @@ def compare_task(base: Scored, model: Scored, seed: int = 0) -> dict[str, Any]:
             **right,
             "minimum_detectable_effect": float((norm.ppf(0.975) + norm.ppf(0.8)) * draws.std()),
         }
-    return {"headline": base.headline, **headline, "measures": measures}
+    caution = None
+    if base.chance is not None:
+        name, value = base.chance
+        if all(interval(draws[name])[0] <= value for draws in (ours, theirs)):
+            caution = f"neither model is told from guessing here ({name.replace('_', ' ')} {value:g} by chance)"
+    return {"headline": base.headline, **headline, "caution": caution, "measures": measures}
 
 
 def add_verdicts(comparisons: dict[str, dict[str, Any]]) -> None:

@@ -84,6 +84,16 @@ def test_a_model_against_itself():
     assert entry["pope"]["p_value"] == 1 and entry["pope"]["verdict"].startswith("no difference detected")
 
 
+@pytest.mark.parametrize(("shares", "guessing"), [((0.5, 0.5), True), ((0.5, 0.9), False), ((0.9, 0.9), False)])
+def test_guessing_is_called_guessing(shares: tuple[float, float], guessing: bool):
+    base, model = (score_pope(pope(share, seed)) for seed, share in enumerate(shares))
+    assert (compare_task(base, model)["caution"] is not None) == guessing
+    rng = np.random.default_rng(0)
+    base, model = (score_mmvp(mmvp(list(rng.random(300) < share)), ()) for share in shares)
+    caution = compare_task(base, model)["caution"]
+    assert caution == ("neither model is told from guessing here (pair accuracy 25 by chance)" if guessing else None)
+
+
 def test_words_follow_holm():
     def entry(p: float, difference: float, smallest: float | None) -> dict:
         return {
