@@ -69,6 +69,25 @@ def test_pope_is_resampled_by_image():
     assert entry["p_value"] < 0.01 and entry["test"] == "paired bootstrap over 40 images or groups"
 
 
+def test_questions_on_one_image_count_once():
+    """Where a model gets all questions of an image right or none, the interval is that of 40 images, not of answers."""
+    rng = np.random.default_rng(0)
+    by_image = rng.random(40) < 0.5
+    base_items = pope(0.75, 1)
+    model_items = []
+    for item in base_items:
+        right = by_image[item["image"]]
+        answer = item["target"] if right else {"yes": "no", "no": "yes"}[item["target"]]
+        model_items.append({**item, "answer": answer.title()})
+    base, model = score_pope(base_items), score_pope(model_items)
+    low, high = compare_task(base, model)["measures"]["accuracy"]["interval"]
+    per_image = [
+        np.mean([model.right[k] - float(base.right[k]) for k, item in enumerate(base_items) if item["image"] == image])
+        for image in range(40)
+    ]
+    assert (high - low) / 3.92 == pytest.approx(100 * np.std(per_image) / np.sqrt(40), rel=0.15)
+
+
 def test_bootstrap_p_values_are_uniform_where_nothing_differs():
     values = [
         compare_task(score_pope(pope(0.8, 2 * k)), score_pope(pope(0.8, 2 * k + 1)))["p_value"] for k in range(60)
