@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoProcessor
 
 from dcr_mllm.conversation import Turn, pieces
 from dcr_mllm.errors import UserError
@@ -52,7 +53,10 @@ def test_saved_llava_loads_and_its_processor_makes_the_training_ids(parts: tuple
     text = "".join(piece.text for piece in pieces(template, turns))
     inputs = saved(images=noise_image(40, 28), text=text, return_tensors="pt")
     assert inputs.input_ids[0].tolist() == encode(turns, template, saved.tokenizer, image_tokens=16).input_ids
-    assert (inputs.input_ids == loaded.config.image_token_index).sum() == 16
+    # As everybody else loads it, with what is in the file and nothing completed.
+    theirs = AutoProcessor.from_pretrained(tmp_path)(images=noise_image(40, 28), text=text, return_tensors="pt")
+    for ids in (inputs.input_ids, theirs.input_ids):
+        assert (ids == loaded.config.image_token_index).sum() == 16
     with torch.no_grad():
         logits = loaded(**inputs).logits
     assert logits.isfinite().all() and logits.shape[-1] % 64 == 0

@@ -24,7 +24,7 @@ from stage2_llava.step import LlavaStep
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten questions about noise; the answer to those with an odd number is another one than what is taught below."""
     folder = tmp_path_factory.mktemp("questions")
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)
     samples = []
     for k in range(10):
         Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(folder / f"{k}.png")
@@ -69,6 +69,49 @@ def test_judgement_is_that_of_greedy_generation(questions: Path, tiny_llava: Pat
         generated = taught.generate(**inputs, max_new_tokens=len(answer), do_sample=False)
         tokens = generated[0, inputs.input_ids.shape[1] :].tolist()
         assert found[k] == (tokens == answer.tolist()), (k, tokens, answer)
+
+
+def test_an_answer_that_only_begins_right_is_wrong(questions: Path, tiny_llava: Path, taught: Any):
+    samples = json.loads((questions / "heldout.json").read_text())[:2]
+    samples[1]["conversations"][1]["value"] = "Yes. No."  # what is taught is `Yes.`
+    path = questions / "longer.json"
+    path.write_text(json.dumps(samples))
+    data = load_instructions(str(path), str(questions))
+    found = answered_right(taught, load_processor(tiny_llava), TEMPLATES["vicuna_v1"], data, blind=False)
+    assert found.tolist() == [True, False]
+
+
+def test_blind_means_noise_in_place_of_every_image(
+    questions: Path, tiny_llava: Path, taught: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Noise of the image's own size, another one for each question and the same again in a second run."""
+    import stage2_llava.heldout as heldout
+
+    processor = load_processor(tiny_llava)
+    data = load_instructions(str(questions / "heldout.json"), str(questions))
+    shown: list[np.ndarray] = []
+    prepare = heldout.pixels
+
+    def look(processor: Any, images: list[Image.Image]) -> Any:
+        shown.extend(np.asarray(image) for image in images)
+        return prepare(processor, images)
+
+    monkeypatch.setattr(heldout, "pixels", look)
+
+    def images_when(blind: bool) -> list[np.ndarray]:
+        shown.clear()
+        answered_right(taught, processor, TEMPLATES["vicuna_v1"], data, blind=blind)
+        return list(shown)
+
+    own = [np.asarray(Image.open(questions / f"{k}.png")) for k in range(10)]
+    assert all(np.array_equal(a, b) for a, b in zip(images_when(False), own, strict=True))
+    noise = images_when(True)
+    assert [image.shape for image in noise] == [(30, 40, 3)] * 10
+    for k, image in enumerate(noise):
+        assert 120 < image.mean() < 135 and image.std() > 65
+        for other in [*own, *noise[:k]]:
+            assert abs(np.corrcoef(image.ravel(), other.ravel())[0, 1]) < 0.1
+    assert all(np.array_equal(a, b) for a, b in zip(images_when(True), noise, strict=True))
 
 
 def test_report_counts_and_compares(questions: Path, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
