@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,24 @@ def test_tower_against_existing_projector(
     for tower, words in ((wide, "width"), (large, "image size"), (tiny_siglip, "siglip")):
         found = refusal(settings, towers={"new": str(tower)}, **common)
         assert words in found and "projector needs retraining" in found
+
+
+def test_llava_whose_projector_contradicts_its_config(
+    settings: dict[str, Any], tiny_clip: Path, tiny_llava: Path, tmp_path: Path
+):
+    llava = tmp_path / "llava"
+    shutil.copytree(tiny_llava, llava)
+    config = json.loads((llava / "config.json").read_text())
+    width = config["text_config"]["hidden_size"]
+    config["text_config"]["hidden_size"] = 2 * width
+    (llava / "config.json").write_text(json.dumps(config))
+    found = refusal(settings, protocol="instruct-only", llava=str(llava), llm=None)
+    assert f"to {width}, but its config.json says tower" in found and f"language model {2 * width}" in found
+
+
+def test_heldout_questions_of_several_turns(settings: dict[str, Any], llava_data: Path):
+    found = refusal(settings, heldout=str(llava_data / "instruct.json"), heldout_images=str(llava_data))
+    assert "has several turns, expected one question and its answer" in found
 
 
 def test_layer_that_the_tower_does_not_have(settings: dict[str, Any]):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dcr_mllm.errors import UserError
 from dcr_mllm.llava import load_llava, load_processor
@@ -88,6 +88,18 @@ def test_swap_of_unequal_shapes_says_which(tiny_llava: Path, tmp_path: Path, cha
     with pytest.raises(UserError) as error:
         swap(tiny_llava, tower, tmp_path / "out")
     assert words in str(error.value) and "projector needs retraining" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_swap_of_a_tensor_of_another_shape_names_it(tiny_llava: Path, tmp_path: Path):
+    """Equal in all that the configs tell of width, image and patches, but with wider feed-forward layers."""
+    tower = save_tiny_clip(tmp_path / "clip")
+    weights = load_file(tower / "model.safetensors")
+    name = "vision_model.encoder.layers.1.mlp.fc1.weight"
+    weights[name] = torch.zeros(2 * weights[name].shape[0], 32)
+    save_file(weights, tower / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"tensor encoder\.layers\.1\.mlp\.fc1\.weight is \[.*; the projector needs"):
+        swap(tiny_llava, tower, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
