@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
 
 from dcr_mllm.errors import UserError
 from dcr_mllm.evaluation.generation import Request, generate_answers
+from dcr_mllm.evaluation.pillow import kept_strict
 from dcr_mllm.llava import load_llava, load_processor
+
+with kept_strict():
+    from lmms_eval.api.model import lmms
+    from lmms_eval.models.registry_v2 import ModelManifest
 
 MANIFEST = ModelManifest("dcr_llava", chat_class_path="dcr_mllm.evaluation.lmms_model.DcrLlava")
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from dcr_mllm.config import nearest
 from dcr_mllm.errors import UserError
+from dcr_mllm.evaluation.pillow import kept_strict
 from dcr_mllm.evaluation.scored import Scored
 from dcr_mllm.evaluation.scorers import POPE_CATEGORIES, Item, score_mmvp, score_pope
 
@@ -193,9 +194,11 @@ def write_lmms_task(name: str, data: TaskData, directory: Path, final: Path) -> 
         directory: Where to write.
         final: Where that folder will be when it is read.
     """
-    import lmms_eval
     import yaml
     from datasets import Dataset, Image
+
+    with kept_strict():
+        import lmms_eval
 
     rows = Path("data") / data.name
     (directory / rows).mkdir(parents=True)

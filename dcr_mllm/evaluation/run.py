@@ -234,8 +234,11 @@ def ask(
         definitions: Folder of their task files.
         raw: Where answers are kept as they come.
     """
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
+    from dcr_mllm.evaluation.pillow import kept_strict
+
+    with kept_strict():
+        from lmms_eval.evaluator import simple_evaluate
+        from lmms_eval.tasks import TaskManager
 
     from dcr_mllm.evaluation.lmms_model import DcrLlava
     from dcr_mllm.evaluation.mllm_tasks import lmms_name

@@ -71,6 +71,27 @@ def test_models_are_compared_on_raw_answers(tmp_path: Path, two_llavas: list[Pat
     assert f"choose another name, e.g. --out {tmp_path}/out-2" in capsys.readouterr().err
 
 
+def test_cut_images_stay_an_error(tmp_path: Path, two_llavas: list[Path]):
+    """lmms-eval makes Pillow take half an image for a whole one; the rest of the process must not notice."""
+    data = write_mmvp(tmp_path, num_pairs=1)
+    code = f"""
+from PIL import Image, ImageFile
+from dcr_mllm.evaluation.run import main
+arguments = ["--tasks", "mmvp", "--models", {str(two_llavas[0])!r}, "--data", {str(data)!r}, "--out"]
+assert main([*arguments, {str(tmp_path / "out")!r}]) == 0
+assert not ImageFile.LOAD_TRUNCATED_IMAGES
+path = {str(data / "mmvp" / "MMVP Images" / "1.jpg")!r}
+content = open(path, "rb").read()
+open(path, "wb").write(content[: len(content) // 2])
+try:
+    main([*arguments, {str(tmp_path / "cut")!r}])
+except OSError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, cwd=ROOT)
+    assert "refused: image file is truncated" in done.stdout, done.stderr[-2000:]
+
+
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, two_llavas: list[Path], monkeypatch: pytest.MonkeyPatch):
     """Killed in the second batch, with half a line written: no question is asked twice, the results are the same."""
     data = write_mmvp(tmp_path)
