@@ -25,7 +25,7 @@ def test_smollm2_trains_and_answers(tmp_path: Path):
         "towers={baseline: mini}",
         f"llm={WEIGHTS}",
         f"runs_dir={tmp_path}",
-        "align.max_steps=3",
+        "align.max_steps=24",
         "instruct.max_steps=3",
         "heldout=null",
         "log_every=1",
@@ -36,7 +36,8 @@ def test_smollm2_trains_and_answers(tmp_path: Path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     arm = tmp_path / "smollm2" / "baseline"
     losses = [json.loads(line)["loss"] for line in (arm / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 6 and losses[2] < losses[0]  # it can caption better than chance before it has seen anything
+    assert len(losses) == 27
+    assert sum(losses[21:24]) < sum(losses[:3]) - 3  # single batches differ by more than a step teaches
     from stage2_llava.chat import load_chatter
 
     chatter = load_chatter(arm / "llava", device="cpu", max_new_tokens=8)
