@@ -12,7 +12,6 @@ _WHOLE = re.compile(r"\(?([A-Za-z])\)?[.:)]?")
 _LEADING = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])[.):])(?:\s|$)")
 _STATED = re.compile(r"\b(?i:answer|option|choice)(?i:\s+is|\s*:)?\s+(?:\(([A-Za-z])\)|([A-Z])\b(?!['\w]))")
 _BRACKETED = re.compile(r"\(([A-Za-z])\)")
-
 _CAPITAL = re.compile(r"(?<![\w'])([B-Z])(?![\w'])")
 _CAPITAL_A = re.compile(r"(?<![\w'])(A)(?=\W*$| or | and )")
 
@@ -48,10 +47,7 @@ def option_letter(answer: str, options: Sequence[str]) -> str | None:
     same = [letter for letter, option in zip(letters, options, strict=True) if _words(option) == words]
     if words and len(same) == 1:
         return same[0]
-    alone = set(re.findall(r"(?<![\w'])([B-Z])(?![\w'])", text)) | set(
-        re.findall(r"(?<![\w'])(A)(?=\W*$| or | and )", text)
-    )
-    alone &= set(letters)
+    alone = {*_CAPITAL.findall(text), *_CAPITAL_A.findall(text)} & set(letters)
     return alone.pop() if len(alone) == 1 else None
 
 

@@ -134,22 +134,18 @@ def _prefill(model: Any, processor: Any, requests: Sequence[Request], split: Seq
     cache, length = DynamicCache(config=model.config.text_config), len(split[0].prefix)
     if not length:
         return cache, 0
-    rows: dict[tuple[str, tuple[int, ...]], int] = {}
-    for request, part in zip(requests, split, strict=True):
-        rows.setdefault((request.image_key, part.prefix), len(rows))
-    firsts: dict[int, Request] = {}
-    for request, part in zip(requests, split, strict=True):
-        firsts.setdefault(rows[request.image_key, part.prefix], request)
-    images = [image for row in range(len(rows)) for image in firsts[row].images]
+    keys = [(request.image_key, part.prefix) for request, part in zip(requests, split, strict=True)]
+    distinct = dict(zip(keys, requests, strict=True))
+    images = [image for request in distinct.values() for image in request.images]
     pixel_values = processor.image_processor(images, return_tensors="pt").pixel_values
     model.model(
-        input_ids=torch.tensor([prefix for _, prefix in rows], device=model.device),
+        input_ids=torch.tensor([prefix for _, prefix in distinct], device=model.device),
         pixel_values=pixel_values.to(model.device, model.dtype),
         cache=cache,
         use_cache=True,
     )
-    chosen = [rows[request.image_key, part.prefix] for request, part in zip(requests, split, strict=True)]
-    cache.batch_select_indices(torch.tensor(chosen, device=model.device))
+    row = {key: index for index, key in enumerate(distinct)}
+    cache.batch_select_indices(torch.tensor([row[key] for key in keys], device=model.device))
     return cache, length
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,27 +73,29 @@ class DcrLlava(lmms):
         Raises:
             UserError: A task asks for sampling or beams, or shows a video.
         """
-        prepared = [self._request(*instance.args) for instance in requests]
+        shown: dict[str, tuple[Any, ...]] = {}  # one copy of each image: POPE asks eighteen questions on every one
+        prepared = []
+        for instance in requests:
+            request = self._request(*instance.args)
+            prepared.append(replace(request, images=shown.setdefault(request.image_key, request.images)))
         answers = self._answer(prepared)
         return [_cut(answer, instance.args[2].get("until")) for answer, instance in zip(answers, requests, strict=True)]
 
     def _answer(self, requests: Sequence[Request]) -> list[str]:
-        if self.answers is None:
-            return generate_answers(self.model, self.processor, requests, batch_size=self.batch_size)
-        known = read_answers(self.answers)
+        """Asks every distinct question once: POPE repeats its positive ones in all three categories."""
+        known = {} if self.answers is None else read_answers(self.answers)
         keys = [request_key(request) for request in requests]
-        left = [k for k, key in enumerate(keys) if key not in known]
-        with self.answers.open("a", encoding="utf-8") as file:
+        asked = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
+        order = list(asked)
 
-            def keep(found: dict[int, str]) -> None:
-                for position, answer in found.items():
-                    key = keys[left[position]]
-                    known[key] = answer
-                    file.write(json.dumps({"key": key, "answer": answer}) + "\n")
-                file.flush()
+        def keep(found: dict[int, str]) -> None:
+            new = {order[position]: answer for position, answer in found.items()}
+            known.update(new)
+            if self.answers is not None:
+                with self.answers.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in new.items())
 
-            asked = [requests[k] for k in left]
-            generate_answers(self.model, self.processor, asked, batch_size=self.batch_size, on_answers=keep)
+        generate_answers(self.model, self.processor, list(asked.values()), batch_size=self.batch_size, on_answers=keep)
         return [known[key] for key in keys]
 
     def _request(

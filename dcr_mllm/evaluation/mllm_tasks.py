@@ -14,7 +14,7 @@ from dcr_mllm.config import nearest
 from dcr_mllm.errors import UserError
 from dcr_mllm.evaluation.pillow import kept_strict
 from dcr_mllm.evaluation.scored import Scored
-from dcr_mllm.evaluation.scorers import POPE_CATEGORIES, Item, score_mmvp, score_pope
+from dcr_mllm.evaluation.scorers import POPE_CATEGORIES, SCORERS, Item, score_mmvp
 
 MINI = "mini"
 
@@ -26,14 +26,12 @@ class MllmTask(NamedTuple):
         yaml: Its definition among lmms-eval's tasks: prompt, generation settings, columns.
         public_layout: Rows with images as bytes from its public files.
         item: What the scorer needs, from a row without its image and the answer.
-        score: From items.
         unit_size: Rows that belong together, so that a limit keeps whole units.
     """
 
     yaml: str
     public_layout: Callable[[Path], list[dict[str, Any]]]
     item: Callable[[dict[str, Any], str], Item]
-    score: Callable[[list[Item]], Scored]
     unit_size: int
 
 
@@ -123,10 +121,9 @@ TASKS = {
         yaml="mmvp/mmvp.yaml",
         public_layout=mmvp_rows,
         item=mmvp_item,
-        score=score_mmvp,
         unit_size=2,
     ),
-    "pope": MllmTask(yaml="pope/pope.yaml", public_layout=pope_rows, item=pope_item, score=score_pope, unit_size=1),
+    "pope": MllmTask(yaml="pope/pope.yaml", public_layout=pope_rows, item=pope_item, unit_size=1),
 }
 # The drawn benchmarks have no disputed labels.
 _MINI_SCORES: dict[str, Callable[[list[Item]], Scored]] = {"mmvp": partial(score_mmvp, disputed=())}
@@ -173,11 +170,11 @@ def load_task(name: str, data: str, runs_dir: Path) -> TaskData:
         from dcr_mllm.mini.data import write_benchmarks
 
         directory = write_benchmarks(runs_dir / "mini-data" / "test") / name
-        return TaskData(f"mini-{name}", task.public_layout(directory), _MINI_SCORES.get(name, task.score))
+        return TaskData(f"mini-{name}", task.public_layout(directory), _MINI_SCORES.get(name, SCORERS[name].score))
     directory = Path(data) / name
     if not directory.is_dir():
         raise UserError(f"--data {data} has no folder {name}/; put a copy of the benchmark's public files there")
-    return TaskData(name, task.public_layout(directory), task.score)
+    return TaskData(name, task.public_layout(directory), SCORERS[name].score)
 
 
 def lmms_name(name: str) -> str:

@@ -58,7 +58,7 @@ def write_report(
         models=models,
         others=models[1:],
         tables=[_table(results, task, SCORERS[data[task][0]].judge) for task in data],
-        plot=_plot(results, data, scored),
+        plot=_plot(data, scored),
         galleries=_galleries(models, data, items, scored),
         provenance=_provenance(results),
     )
@@ -118,7 +118,7 @@ def _words(name: str) -> str:
     return name.replace("_", " ").replace("f1", "F1")
 
 
-def _plot(results: dict[str, Any], data: dict[str, tuple[str, TaskData]], scored: dict[str, dict[str, Scored]]) -> Any:
+def _plot(data: dict[str, tuple[str, TaskData]], scored: dict[str, dict[str, Scored]]) -> Any:
     """A dot per model and pattern, where the data name patterns; None elsewhere (MMVP itself does not)."""
     from markupsafe import Markup
 

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="eval/run.py",
         description="Compare LLaVAs on multimodal benchmarks: official scores, paired statistics, a verdict.",
     )
-    parser.add_argument("--tasks", required=True, help="benchmarks, separated by commas: mmvp")
+    parser.add_argument("--tasks", required=True, help="benchmarks, separated by commas: mmvp, pope")
     parser.add_argument(
         "--models",
         nargs="+",
@@ -146,10 +146,12 @@ def _data(value: str, models: dict[str, Path]) -> str:
 
 
 def _trained_on_mini(path: Path) -> bool:
+    from dcr_mllm.headers import read_json
+
     record = path / "provenance.json"
     if not record.is_file():
         return False
-    config = json.loads(record.read_text(encoding="utf-8")).get("config", {})
+    config = read_json(record).get("config", {})
     return config.get("instruct", {}).get("data") == "mini"
 
 

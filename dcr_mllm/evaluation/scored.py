@@ -6,7 +6,7 @@ the function. So the same function gives the score of the test set and of every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,9 @@ class Columns:
         self._index[name] = len(self._values)
         self._values.append(np.asarray(values, dtype=float))
 
+    def column(self, name: str) -> np.ndarray:
+        return self._values[self._index[name]]
+
     def matrix(self) -> np.ndarray:
         return np.stack(self._values, axis=1)
 
@@ -67,6 +70,17 @@ class Columns:
             self.add(f"right_{name}", right & inside)
             self.add(f"all_{name}", inside)
         return groups
+
+    def add_all_right(self, right: np.ndarray, members: Sequence[Hashable], top: str, bottom: str) -> None:
+        """Columns that count groups of items (`bottom`) and those that are all right (`top`), at each first item."""
+        positions: dict[Hashable, list[int]] = {}
+        for position, member in enumerate(members):
+            positions.setdefault(member, []).append(position)
+        firsts, hits = np.zeros(len(members)), np.zeros(len(members))
+        for group in positions.values():
+            firsts[group[0]], hits[group[0]] = 1, right[group].all()
+        self.add(bottom, firsts)
+        self.add(top, hits)
 
     def ratio(self, sums: np.ndarray, top: str, bottom: str) -> np.ndarray:
         """Percent; NaN where nothing is counted."""

@@ -251,19 +251,14 @@ def score_mme(items: Sequence[Item]) -> Scored:
     said = [mme_yes_no(item["answer"]) for item in items]
     right = np.array([a is not None and a == _is_yes(item["target"]) for a, item in zip(said, items, strict=True)])
     category = [str(item["category"]) for item in items]
-    of_image: dict[tuple[str, str], list[int]] = {}
-    for position, item in enumerate(items):
-        of_image.setdefault((category[position], str(item["image"])), []).append(position)
+    shown = [f"{name}/{item['image']}" for name, item in zip(category, items, strict=True)]
     columns = Columns()
     groups = columns.add_accuracies(right, category)
-    both, images = np.zeros(len(items)), np.zeros(len(items))
-    for positions in of_image.values():
-        images[positions[0]] = 1
-        both[positions[0]] = right[positions].all()
+    columns.add_all_right(right, shown, "both", "images")
     for name in groups:
         inside = np.array([other == name for other in category])
-        columns.add(f"both_{name}", both * inside)
-        columns.add(f"images_{name}", images * inside)
+        for part in ("both", "images"):
+            columns.add(f"{part}_{name}", columns.column(part) * inside)
 
     def measure(sums: np.ndarray) -> Measures:
         score = {
@@ -283,7 +278,7 @@ def score_mme(items: Sequence[Item]) -> Scored:
         sums=columns.matrix(),
         measure=measure,
         headline="sum_perception" if perception else "sum_cognition",
-        clusters=[f"{name}/{item['image']}" for name, item in zip(category, items, strict=True)],
+        clusters=shown,
         units=None,
         unit_name="question",
         right=right,
@@ -326,16 +321,8 @@ def score_hallusion_bench(items: Sequence[Item]) -> Scored:
     columns = Columns()
     columns.add_accuracies(right, ["all"] * len(items))
     for name, key in (("question", "question_id"), ("figure", "figure_id")):
-        members: dict[tuple[str, ...], list[int]] = {}
-        for position, item in enumerate(items):
-            where = tuple(str(item[part]) for part in ("category", "subcategory", "set_id", key))
-            members.setdefault(where, []).append(position)
-        first, all_right = np.zeros(len(items)), np.zeros(len(items))
-        for positions in members.values():
-            first[positions[0]] = 1
-            all_right[positions[0]] = right[positions].all()
-        columns.add(f"all_{name}", first)
-        columns.add(f"right_{name}", all_right)
+        members = [tuple(str(item[part]) for part in ("category", "subcategory", "set_id", key)) for item in items]
+        columns.add_all_right(right, members, f"right_{name}", f"all_{name}")
 
     def measure(sums: np.ndarray) -> Measures:
         parts = (("aAcc", "all"), ("qAcc", "question"), ("fAcc", "figure"))

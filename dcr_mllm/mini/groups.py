@@ -6,7 +6,6 @@ scenes: `group_split` hashes which objects a picture shows.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dcr_mllm.mini.world import COLOURS, GROUNDS, IMAGE_SIZE, KINDS
+from dcr_mllm.mini.world import COLOURS, GROUNDS, IMAGE_SIZE, KINDS, split_by_hash
 
 Label = tuple[str, str]  # colour and kind
 LABELS: tuple[Label, ...] = tuple((colour, kind) for colour in COLOURS for kind in KINDS)
@@ -47,9 +46,7 @@ class Group:
 
 def group_split(group: Group) -> str:
     """The split a group belongs to, as `world.split_of`: by a hash of its objects, in whatever order."""
-    text = "|".join(sorted(f"{colour} {kind}" for colour, kind in group.labels))
-    bucket = hashlib.sha256(text.encode()).digest()[0] % 10
-    return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
+    return split_by_hash(sorted(f"{colour} {kind}" for colour, kind in group.labels))
 
 
 def random_group(rng: np.random.Generator, split: str, num_objects: int) -> Group:

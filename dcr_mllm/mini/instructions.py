@@ -17,7 +17,7 @@ import numpy as np
 from dcr_mllm.conversation import IMAGE_TOKEN
 from dcr_mllm.mini.data import _QUESTIONS, _draw_once, _write_csv
 from dcr_mllm.mini.groups import LABELS, Group, Label, draw_group, is_there, random_group, similar_labels
-from dcr_mllm.mini.world import ATTRIBUTES, COLOURS, KINDS, Scene, detail_phrase, draw, full_caption, random_scene
+from dcr_mllm.mini.world import ATTRIBUTES, COLOURS, KINDS, Scene, draw, full_caption, random_scene, statement
 
 CLASS_QUESTIONS = {
     "colour": "What colour is the object in the middle?",
@@ -180,7 +180,7 @@ def align_samples(num_samples: int, seed: int = 0) -> list[tuple[dict[str, Any],
     for index in range(num_samples):
         scene = random_scene(rng, "train")
         request = ask_for_description(scene, rng)
-        caption = f"a {scene.label} {detail_phrase(scene, _pick(rng, list(ATTRIBUTES)))}"
+        caption = statement(scene, _pick(rng, list(ATTRIBUTES)))
         samples.append((_sample(f"align-{index:05d}", [request._replace(answer=caption)]), scene))
     return samples
 
@@ -333,8 +333,7 @@ def _existence(scene: Scene, attribute: str, value: str, rng: np.random.Generato
         if value != getattr(scene, attribute) and rng.random() < 1 / 3:  # one in three differs in both
             second = "kind" if attribute == "colour" else "colour"
             labels[second] = _pick(rng, [name for name in _VALUES[second] if name != labels[second]])
-        label = "{colour} {kind}".format(**labels)
-        return f"Is there {_a(label)} in the image?"
+        return is_there((labels["colour"], labels["kind"]))
     phrase = ATTRIBUTES[attribute][value]
     if attribute in _THINGS and value != "plain" and rng.random() < 0.5:
         verb = "Are" if value in ("two", "three") else "Is"

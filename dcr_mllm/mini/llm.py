@@ -34,7 +34,7 @@ from dcr_mllm.mini.instructions import (
     draw_questions,
     heldout_questions,
 )
-from dcr_mllm.mini.world import ATTRIBUTES, Scene, detail_phrase, full_caption, random_scene
+from dcr_mllm.mini.world import ATTRIBUTES, Scene, detail_phrase, full_caption, random_scene, statement
 
 logger = get_logger(__name__)
 
@@ -112,14 +112,14 @@ def describe(scene: Scene, rng: np.random.Generator, attributes: Sequence[str] =
     return " ".join(words)
 
 
-def draw_conversation(rng: np.random.Generator, num_turns: int, template: Template = _TEMPLATE) -> list[Piece]:
+def draw_conversation(rng: np.random.Generator, num_turns: int) -> list[Piece]:
     """A conversation about a described training scene, its caption, or questions about the world, as rendered text.
 
     The description holds what is asked after, and of the other details a share that varies from none to all.
     """
     kind = rng.random()
     if kind < 0.03:
-        return _render([ask_about_world(rng) for _ in range(num_turns)], "", template)
+        return _render([ask_about_world(rng) for _ in range(num_turns)], "")
     scene = random_scene(rng, "train")
     if kind < 0.2:
         return _draw_caption(scene, rng)
@@ -127,7 +127,7 @@ def draw_conversation(rng: np.random.Generator, num_turns: int, template: Templa
     asked = {question.attribute for question in questions}
     share = rng.random()
     attributes = [name for name in ATTRIBUTES if name in asked or "all" in asked or rng.random() < share]
-    return _render(questions, describe(scene, rng, attributes), template)
+    return _render(questions, describe(scene, rng, attributes))
 
 
 def _draw_caption(scene: Scene, rng: np.random.Generator) -> list[Piece]:
@@ -135,7 +135,7 @@ def _draw_caption(scene: Scene, rng: np.random.Generator) -> list[Piece]:
     if rng.random() < 0.5:
         return [Piece(describe(scene, rng) + "\n", False), Piece(full_caption(scene, rng) + "\n", True)]
     name = str(rng.choice(list(ATTRIBUTES)))
-    caption = f"a {scene.label} {detail_phrase(scene, name)}"
+    caption = statement(scene, name)
     attributes = [other for other in ATTRIBUTES if other == name or rng.random() < 0.5]
     return [Piece(describe(scene, rng, attributes) + "\n", False), Piece(caption + "\n", True)]
 
@@ -154,8 +154,8 @@ class Lesson(NamedTuple):
     max_details: int
 
 
-# The order matters: answers that compare (`Yes`, a letter) are learned within 200 steps if they come first, and not in
-# 1,500 beside short answers, which only copy a word. Few details first make the comparison easy to find.
+# The order matters: `Yes` and `No` are learned within 200 steps if they come first. Beside short answers, which only
+# copy a word, they were at chance after 3,500 steps of a third of the size. Few details make comparing easy to find.
 LESSONS = (
     Lesson(0.11, ("yesno",), 2),
     Lesson(0.18, ("yesno", "existence"), 2),

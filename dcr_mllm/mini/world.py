@@ -8,6 +8,7 @@ gives the same pixels. Splits are disjoint by construction: `split_of` hashes wh
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -161,7 +162,12 @@ class Scene:
 
 def split_of(scene: Scene) -> str:
     """The split a scene belongs to: 80 % train, 10 % validation, 10 % test, by a hash of its content."""
-    bucket = hashlib.sha256("|".join(scene.content()).encode()).digest()[0] % 10
+    return split_by_hash(scene.content())
+
+
+def split_by_hash(content: Sequence[str]) -> str:
+    """80 % train, 10 % validation, 10 % test."""
+    bucket = hashlib.sha256("|".join(content).encode()).digest()[0] % 10
     return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dcr_mllm.conversation import TEMPLATES, Turn, prompt
 from dcr_mllm.errors import UserError
+from dcr_mllm.evaluation import lmms_model
 from dcr_mllm.evaluation.lmms_model import DcrLlava, image_key, read_answers, request_key
 from dcr_mllm.llava import load_processor
 
@@ -61,9 +62,31 @@ def test_videos_are_refused(model: DcrLlava):
 
 def test_answers_are_cut_at_stop_strings(model: DcrLlava, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(model, "_answer", lambda requests: [" yes \n\nIs it so? no", "no"], raising=False)
-    monkeypatch.setattr(model, "_request", lambda *args: None, raising=False)
+    request = ask(model, [TEXT])
+    monkeypatch.setattr(model, "_request", lambda *args: request, raising=False)
     asked = [SimpleNamespace(args=("", None, {"until": until}, 0, "task", "test")) for until in (["\n\n", ""], None)]
     assert model.generate_until(asked) == ["yes", "no"]
+
+
+def test_a_repeated_question_is_asked_once(model: DcrLlava, monkeypatch: pytest.MonkeyPatch):
+    """And equal images are one object: all of a benchmark's requests are in memory at once."""
+    asked: list[Any] = []
+
+    def answer(model: Any, processor: Any, requests: list, *, batch_size: int, on_answers: Any) -> None:
+        asked.extend(requests)
+        on_answers({k: f"answer {k}" for k in range(len(requests))})
+
+    monkeypatch.setattr(lmms_model, "generate_answers", answer)
+    monkeypatch.setattr(model, "model", None, raising=False)
+    monkeypatch.setattr(model, "batch_size", 4, raising=False)
+    monkeypatch.setattr(model, "answers", None, raising=False)
+
+    def instance(text: str) -> Any:
+        messages = [{"role": "user", "content": [IMAGE, {"type": "text", "text": text}]}]
+        return SimpleNamespace(args=("", lambda doc: messages, {}, 0, "task", "test"))
+
+    assert model.generate_until([instance(text) for text in "aba"]) == ["answer 0", "answer 1", "answer 0"]
+    assert len(asked) == 2 and asked[0].images[0] is asked[1].images[0]
 
 
 def test_requests_are_told_apart_by_all_that_answers_depend_on(model: DcrLlava):
