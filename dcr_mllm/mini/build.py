@@ -164,8 +164,6 @@ Rebuild: `python -m dcr_mllm.mini build --out DIR` (on one thread the mini CLIP 
 mini LLM 41). Steps, seeds, curves, hashes and package versions are in `card.json`; `samples.png` shows drawn scenes
 above and generated ones below.
 
-A rebuild rounds differently on another number of threads or with another torch, and a long training carries that far.
-The mini CLIP rebuilt on one thread knows classes as well (zero-shot 99.8 % for 99.9 %) but other details: 21.4 % of
-MMVP-VLM pairs for 27.6 %, the ground's colour less and spots more. Results in this repository are of the shipped
-weights.
+A rebuild rounds differently on another number of threads or with another torch, and a long training carries that far:
+it knows classes as well, but may see other details. The shipped mini CLIP was built on one thread.
 """
