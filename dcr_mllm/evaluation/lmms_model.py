@@ -63,6 +63,9 @@ class DcrLlava(lmms):
         self.model = model.to(self.device)
         self.answers = None if answers is None else Path(answers)
 
+    def clean(self) -> None:
+        """Keeps the weights, which lmms-eval would drop after every task: whoever made the model lets go of it."""
+
     @property
     def tokenizer_name(self) -> str:
         return str(self.processor.tokenizer.name_or_path)

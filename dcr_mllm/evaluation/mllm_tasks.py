@@ -1,22 +1,17 @@
-"""Benchmarks of MLLMs: where their data are, how lmms-eval asks them, and what a scorer needs to know of an item."""
+"""The benchmarks of MLLMs: where their data are published, how they are asked, what a scorer needs of a row."""
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from dcr_mllm.config import nearest
-from dcr_mllm.errors import UserError
-from dcr_mllm.evaluation.pillow import kept_strict
-from dcr_mllm.evaluation.scored import Scored
-from dcr_mllm.evaluation.scorers import POPE_CATEGORIES, SCORERS, Item, score_mmvp
+from dcr_mllm.evaluation.scorers import Item
 
-MINI = "mini"
+Row = dict[str, Any]
+
+LETTERS = "ABCDEFGHIJ"
+YES_NO = ("Yes", "No")
 
 
 class MllmTask(NamedTuple):
@@ -24,188 +19,167 @@ class MllmTask(NamedTuple):
 
     Attributes:
         yaml: Its definition among lmms-eval's tasks: prompt, generation settings, columns.
-        public_layout: Rows with images as bytes from its public files.
+        repository: Its data set on the hub.
+        config: Of that data set.
+        split: Of that data set.
+        columns: What has to be in it, the column of images aside.
         item: What the scorer needs, from a row without its image and the answer.
+        options: The answers that likelihood scoring chooses from.
+        wrong: An answer that is wrong by the benchmark's rule, for rows whose image cannot be decoded.
         unit_size: Rows that belong together, so that a limit keeps whole units.
+        unit_name: What they are.
+        image: The column of images.
+        own_score: Whether lmms-eval's own score can be had: without a judge model, on any number of rows.
     """
 
     yaml: str
-    public_layout: Callable[[Path], list[dict[str, Any]]]
-    item: Callable[[dict[str, Any], str], Item]
-    unit_size: int
+    repository: str
+    config: str | None
+    split: str
+    columns: tuple[str, ...]
+    item: Callable[[Row, str], Item]
+    options: Callable[[Row], tuple[str, ...]]
+    wrong: Callable[[Row], str] = lambda row: ""
+    unit_size: int = 1
+    unit_name: str = "question"
+    image: str = "image"
+    own_score: bool = True
 
 
-def mmvp_rows(directory: Path) -> list[dict[str, Any]]:
-    """Rows of MMVP's public layout: `Questions.csv` (Index or lndex, ...) and `MMVP Images/<Index>.jpg`.
-
-    Raises:
-        UserError: A missing file, column or image, the first three named.
-    """
-    questions = directory / "Questions.csv"
-    if not questions.is_file():
-        raise UserError(f"mmvp: {questions} is missing; {directory} has to hold MMVP's Questions.csv and MMVP Images/")
-    with questions.open(newline="", encoding="utf-8-sig") as file:
-        records = list(csv.DictReader(file))
-    rows, missing = [], []
-    for number, record in enumerate(records, start=2):
-        known = {"Index" if key in ("Index", "lndex") else key: value for key, value in record.items()}
-        absent = {"Index", "Question", "Options", "Correct Answer"} - set(known)
-        if absent:
-            raise UserError(f"mmvp: {questions} line {number} has no column {', '.join(sorted(absent))}")
-        image = directory / "MMVP Images" / f"{known['Index']}.jpg"
-        if image.is_file():
-            known["image"] = {"bytes": image.read_bytes(), "path": image.name}
-        else:
-            missing.append(str(image))
-        rows.append({**known, "Index": int(known["Index"])})
-    if missing:
-        raise UserError(f"mmvp: {len(missing)} images are missing, the first: {', '.join(missing[:3])}")
-    if not rows:
-        raise UserError(f"mmvp: {questions} has no questions")
-    return rows
+def _mmvp_options(row: Row) -> list[str]:
+    return re.findall(r"\([a-z]\)\s*(.*?)(?=\s*\([a-z]\)|$)", row["Options"])
 
 
-def mmvp_item(row: dict[str, Any], answer: str) -> Item:
+def mmvp_item(row: Row, answer: str) -> Item:
     """What `score_mmvp` needs."""
-    options = re.findall(r"\([a-z]\)\s*(.*?)(?=\s*\([a-z]\)|$)", row["Options"])
-    return {"index": row["Index"], "options": options, "target": row["Correct Answer"], "answer": answer}
+    target = row["Correct Answer"]
+    return {"index": row["Index"], "options": _mmvp_options(row), "target": target, "answer": answer}
 
 
-def pope_rows(directory: Path) -> list[dict[str, Any]]:
-    """Rows of POPE's public layout: `coco_pope_<category>.json`, a JSON object per line, and the images in `val2014/`.
-
-    Raises:
-        UserError: A missing file, key or image, the first three named.
-    """
-    rows: list[dict[str, Any]] = []
-    images: dict[str, bytes | None] = {}
-    for category in POPE_CATEGORIES:
-        path = directory / f"coco_pope_{category}.json"
-        if not path.is_file():
-            raise UserError(f"pope: {path} is missing; {directory} has to hold POPE's three JSON files and val2014/")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                name, question, label = (str(record[key]) for key in ("image", "text", "label"))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"pope: {path} line {number} is no question with image, text and label: {error}"
-                ) from None
-            if name not in images:
-                image = directory / "val2014" / name
-                images[name] = image.read_bytes() if image.is_file() else None
-            rows.append(
-                {
-                    "id": str(len(rows)),
-                    "question_id": str(record.get("question_id", number)),
-                    "question": question,
-                    "answer": label,
-                    "image_source": Path(name).stem,
-                    "category": category,
-                    "image": {"bytes": images[name], "path": name},
-                }
-            )
-    missing = [str(directory / "val2014" / name) for name, content in images.items() if content is None]
-    if missing:
-        raise UserError(f"pope: {len(missing)} images are missing, the first: {', '.join(missing[:3])}")
-    return rows
-
-
-def pope_item(row: dict[str, Any], answer: str) -> Item:
+def pope_item(row: Row, answer: str) -> Item:
     """What `score_pope` needs."""
     return {"category": row["category"], "image": row["image_source"], "target": row["answer"], "answer": answer}
+
+
+def cv_bench_item(row: Row, answer: str) -> Item:
+    """What `score_cv_bench` needs; several questions may show one picture, whatever its file is called."""
+    return {
+        "source": row["source"],
+        "options": list(row["choices"]),
+        "target": row["answer"],
+        "image": row["image_digest"],
+        "answer": answer,
+    }
+
+
+def naturalbench_item(row: Row, answer: str) -> Item:
+    """What `score_naturalbench` needs; four consecutive indices are a group: q0 i0, q0 i1, q1 i0, q1 i1."""
+    group, cell = divmod(int(row["Index"]), 4)
+    question, image = divmod(cell, 2)
+    target = str(row["Answer"]).strip()
+    return {
+        "group": group,
+        "question": question,
+        "image": image,
+        "type": row["Question_Type"],
+        "target": target.capitalize() if row["Question_Type"] == "yes_no" else target.upper(),
+        "answer": answer,
+    }
+
+
+def mme_item(row: Row, answer: str) -> Item:
+    """What `score_mme` needs; both questions on an image have its name as their id."""
+    return {"category": row["category"], "image": row["question_id"], "target": row["answer"], "answer": answer}
+
+
+def scienceqa_item(row: Row, answer: str) -> Item:
+    """What `score_scienceqa` needs."""
+    return {"options": list(row["choices"]), "target": LETTERS[int(row["answer"])], "answer": answer}
+
+
+def hallusion_bench_item(row: Row, answer: str) -> Item:
+    """What `score_hallusion_bench` needs."""
+    names = ("category", "subcategory", "set_id", "figure_id", "question_id")
+    return {**{name: row[name] for name in names}, "target": row["gt_answer"], "answer": answer}
+
+
+def _letters(count: int) -> tuple[str, ...]:
+    return tuple(LETTERS[:count])
 
 
 TASKS = {
     "mmvp": MllmTask(
         yaml="mmvp/mmvp.yaml",
-        public_layout=mmvp_rows,
+        repository="lmms-lab-eval/MMVP",
+        config=None,
+        split="train",
+        columns=("Index", "Question", "Options", "Correct Answer"),
         item=mmvp_item,
+        options=lambda row: _letters(len(_mmvp_options(row))),
         unit_size=2,
+        unit_name="pair",
     ),
-    "pope": MllmTask(yaml="pope/pope.yaml", public_layout=pope_rows, item=pope_item, unit_size=1),
+    "pope": MllmTask(
+        yaml="pope/pope.yaml",
+        repository="lmms-lab-encoder/POPE",
+        config=None,
+        split="test",
+        columns=("question", "answer", "image_source", "category"),
+        item=pope_item,
+        options=lambda row: YES_NO,
+        wrong=lambda row: "No" if row["answer"].strip().lower() == "yes" else "Yes",  # by its rule no answer is a yes
+    ),
+    "cv_bench": MllmTask(
+        yaml="cv_bench/cv_bench.yaml",
+        repository="nyu-visionx/CV-Bench",
+        config="default",
+        split="test",
+        columns=("idx", "type", "task", "choices", "answer", "prompt", "source"),
+        item=cv_bench_item,
+        options=lambda row: _letters(len(row["choices"])),
+    ),
+    "naturalbench": MllmTask(
+        yaml="naturalbench/naturalbench.yaml",
+        repository="BaiqiL/NaturalBench-lmms-eval",
+        config=None,
+        split="test",
+        columns=("Index", "Question", "Question_Type", "Answer"),
+        item=naturalbench_item,
+        options=lambda row: YES_NO if row["Question_Type"] == "yes_no" else ("A", "B"),
+        unit_size=4,
+        unit_name="group",
+        image="Image",
+        own_score=False,  # it stops unless all 7,600 rows are there
+    ),
+    "mme": MllmTask(
+        yaml="mme/mme.yaml",
+        repository="lmms-lab-encoder/MME",
+        config=None,
+        split="test",
+        columns=("question_id", "question", "answer", "category"),
+        item=mme_item,
+        options=lambda row: YES_NO,
+        unit_size=2,
+        unit_name="image",
+    ),
+    "scienceqa_img": MllmTask(
+        yaml="scienceqa/scienceqa_img.yaml",
+        repository="lmms-lab-encoder/ScienceQA",
+        config="ScienceQA-IMG",
+        split="test",
+        columns=("question", "choices", "answer", "hint"),
+        item=scienceqa_item,
+        options=lambda row: _letters(len(row["choices"])),
+    ),
+    "hallusion_bench_image": MllmTask(
+        yaml="hallusion_bench/hallusion_bench_image.yaml",
+        repository="lmms-lab-encoder/HallusionBench",
+        config=None,
+        split="image",
+        columns=("category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer"),
+        item=hallusion_bench_item,
+        options=lambda row: YES_NO,
+        wrong=lambda row: "No" if str(row["gt_answer"]) == "1" else "Yes",
+        own_score=False,  # its judge is GPT-4
+    ),
 }
-# The drawn benchmarks have no disputed labels.
-_MINI_SCORES: dict[str, Callable[[list[Item]], Scored]] = {"mmvp": partial(score_mmvp, disputed=())}
-
-
-def check_tasks(names: list[str]) -> None:
-    """Refuse unknown tasks.
-
-    Raises:
-        UserError: Names the nearest.
-    """
-    for name in names:
-        if name not in TASKS:
-            raise UserError(f"task {name!r} is unknown{nearest(name, TASKS)}; known are {', '.join(TASKS)}")
-
-
-class TaskData(NamedTuple):
-    """A benchmark's rows as lmms-eval will read them.
-
-    Attributes:
-        name: In results; begins with `mini-` for the drawn one.
-        rows: With images as bytes.
-        score: Its scorer.
-    """
-
-    name: str
-    rows: list[dict[str, Any]]
-    score: Callable[[list[Item]], Scored]
-
-
-def load_task(name: str, data: str, runs_dir: Path) -> TaskData:
-    """Read one benchmark.
-
-    Args:
-        name: Of `TASKS`.
-        data: `mini`, or a folder that holds `<name>/` in its public layout.
-        runs_dir: Where drawn data are kept.
-
-    Raises:
-        UserError: The data are not there or not complete.
-    """
-    task = TASKS[name]
-    if data == MINI:
-        from dcr_mllm.mini.data import write_benchmarks
-
-        directory = write_benchmarks(runs_dir / "mini-data" / "test") / name
-        return TaskData(f"mini-{name}", task.public_layout(directory), _MINI_SCORES.get(name, SCORERS[name].score))
-    directory = Path(data) / name
-    if not directory.is_dir():
-        raise UserError(f"--data {data} has no folder {name}/; put a copy of the benchmark's public files there")
-    return TaskData(name, task.public_layout(directory), SCORERS[name].score)
-
-
-def lmms_name(name: str) -> str:
-    """A benchmark's name in lmms-eval; its own are taken."""
-    return f"dcr_{name.replace('-', '_')}"
-
-
-def write_lmms_task(name: str, data: TaskData, directory: Path, final: Path) -> None:
-    """Write a benchmark's rows and task file where lmms-eval finds them.
-
-    Args:
-        name: Of `TASKS`.
-        data: Its rows.
-        directory: Where to write.
-        final: Where that folder will be when it is read.
-    """
-    import yaml
-    from datasets import Dataset, Image
-
-    with kept_strict():
-        import lmms_eval
-
-    rows = Path("data") / data.name
-    (directory / rows).mkdir(parents=True)
-    table = Dataset.from_list(data.rows).cast_column("image", Image())
-    table.to_parquet(directory / rows / "test-00000-of-00001.parquet")
-    definition = {
-        "include": str(Path(lmms_eval.__file__).parent / "tasks" / TASKS[name].yaml),
-        "task": lmms_name(data.name),
-        "dataset_path": str((final / rows).resolve()),
-        "dataset_kwargs": {},
-        "test_split": "test",
-    }
-    (directory / f"{definition['task']}.yaml").write_text(yaml.safe_dump(definition))

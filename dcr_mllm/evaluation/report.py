@@ -1,81 +1,129 @@
 """The page that a person looks at: verdict first, then every measure, what changed per pattern, the pairs that flipped.
 
-One HTML file without a single request to elsewhere, for light and dark, wide and narrow screens.
+One HTML file without a single request to elsewhere, for light and dark, wide and narrow screens; and the same in
+Markdown without pictures.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import textwrap
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dcr_mllm.evaluation import table
+from dcr_mllm.evaluation.galleries import flipped_pairs
+from dcr_mllm.evaluation.published import backbone_of, published_rows
+from dcr_mllm.evaluation.report_plots import category_plot, drift_plot, pattern_plot
 from dcr_mllm.evaluation.scored import Scored
-from dcr_mllm.evaluation.scorers import SCORERS
+from dcr_mllm.evaluation.scorers import POPE_CATEGORIES, SCORERS
+from dcr_mllm.evaluation.statistics import Resampler, interval
 from dcr_mllm.runs import write_text_atomic
 
 if TYPE_CHECKING:
-    from dcr_mllm.evaluation.mllm_tasks import TaskData
-
-_MAX_PAIRS = 12
-_INK = "#010203"  # replaced by the page's text colour
+    from dcr_mllm.evaluation.mllm_data import TaskData
 
 
 def write_report(
     results: dict[str, Any],
-    tasks: dict[str, TaskData],
-    items: dict[str, dict[str, list[dict[str, Any]]]],
-    scored: dict[str, dict[str, Scored]],
+    tasks: Mapping[str, TaskData],
+    items: Mapping[str, dict[str, list[dict[str, Any]]]],
+    scored: Mapping[str, dict[str, Scored]],
     out: Path,
 ) -> None:
-    """Write the report.
+    """Write `report.html` and `report.md`.
 
     Args:
         results: As in `results.json`.
-        tasks: Rows with images, by task.
-        items: Answers by model and task name.
-        scored: The same, scored.
-        out: HTML file.
+        tasks: MLLM benchmarks by task.
+        items: Answers by model and name of the benchmark.
+        scored: The same, scored; also the tower benchmarks.
+        out: Folder.
     """
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
+        autoescape=lambda name: name is not None and "html" in name,
         trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    models = list(results["config"]["models"])
-    data = {found.name: (name, found) for name, found in tasks.items()}
-    page = environment.get_template("report.html.jinja").render(
-        title=f"{' and '.join(models[1:]) or models[0]}{f' against {models[0]}' if models[1:] else ''}",
-        subtitle=_subtitle(results, list(data)),
-        verdicts=_verdicts(results),
-        models=models,
-        others=models[1:],
-        tables=[_table(results, task, SCORERS[data[task][0]].judge) for task in data],
-        plot=_plot(data, scored),
-        galleries=_galleries(models, data, items, scored),
-        provenance=_provenance(results),
-    )
-    write_text_atomic(out, page)
+    page = _page(results, tasks, items, scored)
+    for name in ("report.html", "report.md"):
+        write_text_atomic(out / name, environment.get_template(f"{name}.jinja").render(page))
+
+
+def _page(
+    results: dict[str, Any],
+    tasks: Mapping[str, TaskData],
+    items: Mapping[str, dict[str, list[dict[str, Any]]]],
+    scored: Mapping[str, dict[str, Scored]],
+) -> dict[str, Any]:
+    groups: dict[str, list[str]] = results["config"]["groups"]
+    first, *others = groups
+    names = list(next(iter(results["scores"].values())))
+    judges = {data.name: SCORERS[task].judge for task, data in tasks.items()}
+    galleries = [
+        gallery
+        for task, data in tasks.items()
+        if task == "mmvp"
+        for other in others
+        for gallery in flipped_pairs(
+            data,
+            groups[first][0],
+            groups[other][0],
+            {model: entries[data.name] for model, entries in items.items()},
+            {model: entries[data.name] for model, entries in scored.items()},
+        )
+    ]
+    return {
+        "title": f"{' and '.join(others) or first}{f' against {first}' if others else ''}",
+        "subtitle": _subtitle(results, names),
+        "verdicts": _verdicts(results),
+        "training": sorted(
+            {entry["training"] for found in results["comparisons"].values() for entry in found.values()}
+        ),
+        "differences": results["differences"],
+        "models": list(results["scores"]),
+        "others": others,
+        "first": first,
+        "tables": [_table(results, name, judges.get(name)) for name in names],
+        "plots": _plots(tasks, scored),
+        "galleries": galleries,
+        "towers": _towers(results),
+        "published": _published(results, {data.name: task for task, data in tasks.items()}),
+        "passed_through": [
+            (model, task, ", ".join(f"{_words(name)} {value:.4g}" for name, value in values.items()))
+            for model, found in results["passed_through"].items()
+            for task, values in found.items()
+        ],
+        "undecodable": [
+            (name, f"{len(rows)}: " + "; ".join(f"row {row}, {problem}" for row, problem in list(rows.items())[:20]))
+            for name, rows in results["undecodable"].items()
+        ],
+        "provenance": _provenance(results),
+    }
 
 
 def _subtitle(results: dict[str, Any], names: Sequence[str]) -> str:
-    if all(name.startswith("mini-") for name in names):
+    if names and all(name.startswith("mini-") for name in names):
         return (
-            "Drawn benchmarks of the miniature: a controlled experiment whose numbers say nothing about MMVP or POPE."
+            "Drawn benchmarks of the miniature: a controlled experiment whose numbers say nothing about real "
+            "benchmarks or models."
         )
-    return f"Benchmarks: {', '.join(names)}."
+    return f"Benchmarks: {', '.join((*names, *dict.fromkeys(_other_tasks(results))))}."
+
+
+def _other_tasks(results: dict[str, Any]) -> list[str]:
+    return [task for found in results["passed_through"].values() for task in found]
 
 
 def _verdicts(results: dict[str, Any]) -> list[dict[str, str]]:
     found = []
-    first = next(iter(results["config"]["models"]))
+    first = next(iter(results["config"]["groups"]))
     for model, tasks in results["comparisons"].items():
         for task, entry in tasks.items():
             headline = entry["measures"][entry["headline"]]
@@ -110,123 +158,103 @@ def _table(results: dict[str, Any], task: str, judge: str | None) -> dict[str, A
         rows.append({"name": _words(name), "cells": values, "differences": differences, "headline": headline})
     unparsable = [str(entry["unparsable"]) for entry in scores.values()]
     empty = [{"points": "", "interval": ""} for _ in comparisons]
-    rows.append({"name": "answers that say nothing", "cells": unparsable, "differences": empty, "headline": False})
-    return {"task": task, "questions": first["questions"], "rows": rows, "judge": judge}
+    if task.removeprefix("mini-") in SCORERS:
+        rows.append({"name": "answers that say nothing", "cells": unparsable, "differences": empty, "headline": False})
+    own = [
+        f"{model}: " + ", ".join(f"{_words(name)} {value:.4g}" for name, value in entry["lmms_eval"].items())
+        for model, entry in scores.items()
+        if entry["lmms_eval"]
+    ]
+    return {"task": task, "questions": first["questions"], "rows": rows, "judge": judge, "lmms_eval": own}
 
 
 def _words(name: str) -> str:
     return name.replace("_", " ").replace("f1", "F1")
 
 
-def _plot(data: dict[str, tuple[str, TaskData]], scored: dict[str, dict[str, Scored]]) -> Any:
-    """A dot per model and pattern, where the data name patterns; None elsewhere (MMVP itself does not)."""
+def _plots(tasks: Mapping[str, TaskData], scored: Mapping[str, dict[str, Scored]]) -> list[tuple[str, Any]]:
+    """Pairs by pattern where the data name patterns (MMVP itself does not), F1 by category of POPE."""
     from markupsafe import Markup
 
-    for task, (_, found) in data.items():
-        patterns = [row.get("Pattern") for row in found.rows[::2]]
-        if not all(patterns) or next(iter(scored.values()))[task].units is None:
-            continue
-        return Markup(_pattern_svg(patterns, {model: entries[task].units for model, entries in scored.items()}))
-    return None
+    plots = []
+    for task, data in tasks.items():
+        runs = {model: entries[data.name] for model, entries in scored.items()}
+        patterns = [str(row.get("Pattern") or "") for row in data.rows[::2]]
+        units = {model: entry.units for model, entry in runs.items() if entry.units is not None}
+        if task == "mmvp" and all(patterns) and units:
+            plots.append((f"{data.name}: pairs by pattern", Markup(pattern_plot(patterns, units))))
+        if task == "pope":
+            found = [name for name in POPE_CATEGORIES if f"f1_{name}" in next(iter(runs.values())).values()]
+            f1 = {model: [_with_interval(entry, f"f1_{name}") for name in found] for model, entry in runs.items()}
+            plots.append((f"{data.name}: F1 by category", Markup(category_plot(found, f1))))
+    for name in {name for entries in scored.values() for name in entries if name.endswith("mmvp_vlm")}:
+        entries = {model: found[name] for model, found in scored.items() if found[name].units is not None}
+        patterns = [cluster.rsplit("/", 1)[0] for cluster in dict.fromkeys(next(iter(entries.values())).clusters)]
+        if entries and len(set(patterns)) > 1:
+            units = {model: entry.units for model, entry in entries.items() if entry.units is not None}
+            plots.append((f"{name}: pairs by pattern", Markup(pattern_plot(patterns, units))))
+    return plots
 
 
-def _pattern_svg(patterns: list[Any], units: dict[str, Any]) -> str:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from scipy.stats import binomtest
-
-    names = list(dict.fromkeys(patterns))
-    figure = Figure(figsize=(5.4, 0.42 * len(names) + 1.0))
-    FigureCanvasSVG(figure)
-    axes = figure.subplots()
-    colours = ("#b8912b", "#2f83c9", "#3f9c63", "#b25fb0", "#c25b4c")
-    for number, (model, right) in enumerate(units.items()):
-        for row, name in enumerate(names):
-            hits = np.array([bool(hit) for hit, pattern in zip(right, patterns, strict=True) if pattern == name])
-            interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-            height = row + (number - (len(units) - 1) / 2) * 0.22
-            colour = colours[number % len(colours)]
-            axes.plot([100 * interval.low, 100 * interval.high], [height] * 2, color=colour, linewidth=1.6)
-            label = model if row == 0 else None
-            axes.plot([100 * hits.mean()], [height], "o", color=colour, markersize=6, label=label)
-    axes.axvline(25, color=_INK, linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(names)), [textwrap.fill(name, 20) for name in names], color=_INK)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("pairs right, %, 95 % intervals; dotted: chance", color=_INK)
-    axes.tick_params(colors=_INK)
-    for spine in axes.spines.values():
-        spine.set_color(_INK)
-    axes.legend(frameon=False, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(units))
-    figure.tight_layout()
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(_INK, "currentColor")
+def _with_interval(entry: Scored, measure: str) -> tuple[float, float, float]:
+    weights = Resampler(len(entry.clusters), entry.clusters, seed=0).weights().astype(np.float32)
+    low, high = interval(entry.resample(weights)[measure])
+    return entry.values()[measure], low, high
 
 
-def _galleries(
-    models: list[str],
-    data: dict[str, tuple[str, TaskData]],
-    items: dict[str, dict[str, list[dict[str, Any]]]],
-    scored: dict[str, dict[str, Scored]],
-) -> list[dict[str, Any]]:
-    """The pairs that only one of two models gets right, those that the new one gained first."""
-    galleries = []
-    first = models[0]
-    for task, (name, found) in data.items():
-        if name != "mmvp":
-            continue
-        order = sorted(range(len(found.rows)), key=lambda k: found.rows[k]["Index"])
-        for model in models[1:]:
-            base, new = scored[first][task], scored[model][task]
+def _towers(results: dict[str, Any]) -> dict[str, Any] | None:
+    """What was measured of the towers in the models when they were made, where it lies beside them."""
+    from markupsafe import Markup
 
-            def both(entry: Scored, pair: tuple[int, int]) -> bool:
-                return bool(entry.right[list(pair)].all())
-
-            pairs = list(zip(order[::2], order[1::2], strict=True))
-            gained = [pair for pair in pairs if both(new, pair) and not both(base, pair)]
-            lost = [pair for pair in pairs if both(base, pair) and not both(new, pair)]
-            for title, chosen in ((f"Gained by {model}", gained), (f"Lost by {model}", lost)):
-                shown = [
-                    [
-                        _side(found.rows[k], {m: items[m][task][k] for m in (first, model)}, k, scored, task)
-                        for k in pair
-                    ]
-                    for pair in chosen[:_MAX_PAIRS]
-                ]
-                galleries.append(
-                    {
-                        "title": f"{task}: {title}",
-                        "count": f"{len(chosen)} pair{'' if len(chosen) == 1 else 's'}",
-                        "more": len(chosen) > _MAX_PAIRS,
-                        "pairs": shown,
-                    }
+    measures, drifts = [], {}
+    for group in list(results["config"]["groups"])[1:]:
+        model = results["config"]["groups"][group][0]
+        record = _tower_record(Path(results["config"]["models"][model]))
+        for name, comparison in (record or {}).get("comparisons", {}).items():
+            title = group if len(record["comparisons"]) == 1 else f"{group}, {name}"  # type: ignore[index]
+            if comparison["drift"]:
+                drifts[title] = comparison["drift"]
+            for measure, entry in comparison["measures"].items():
+                low, high = entry["interval"]
+                measures.append(
+                    (
+                        title,
+                        table.label(measure),
+                        f"{entry['base']:.1f}",
+                        f"{entry['tower']:.1f}",
+                        f"{entry['difference']:+.1f}",
+                        f"{low:+.1f} … {high:+.1f}",
+                    )
                 )
-    return galleries
+    if not measures:
+        return None
+    return {"rows": measures, "drift": Markup(drift_plot(drifts)) if drifts else None}
 
 
-def _side(
-    row: dict[str, Any],
-    answers: dict[str, dict[str, Any]],
-    position: int,
-    scored: dict[str, dict[str, Scored]],
-    task: str,
-) -> dict[str, Any]:
-    content = row["image"]["bytes"]
-    kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
-    said = [
-        {"model": model, "text": item["answer"] or "(nothing)", "right": bool(scored[model][task].right[position])}
-        for model, item in answers.items()
-    ]
-    return {
-        "image": f"data:image/{kind};base64,{base64.b64encode(content).decode()}",
-        "index": row["Index"],
-        "question": row["Question"],
-        "options": row["Options"],
-        "truth": row["Correct Answer"],
-        "answers": said,
-    }
+def _tower_record(model: Path) -> dict[str, Any] | None:
+    """`tower_evaluation.json` of the run that made a model's tower; None unless it is of exactly that tower."""
+    from dcr_mllm.errors import UserError
+    from dcr_mllm.evaluation.tower_tasks import tower_of
+    from dcr_mllm.runs import hash_directory
+
+    try:
+        tower = tower_of(model)
+    except UserError:  # a LLaVA whose tower is not at hand
+        return None
+    record = tower.parent / "evaluation" / "tower_evaluation.json"
+    if not record.is_file():
+        return None
+    found = json.loads(record.read_text(encoding="utf-8"))
+    measured = {entry["description"]["sha256"] for entry in found["towers"].values()}
+    return found if hash_directory(tower) in measured else None
+
+
+def _published(results: dict[str, Any], tasks: Mapping[str, str]) -> list[dict[str, Any]]:
+    first = results["config"]["groups"][next(iter(results["config"]["groups"]))][0]
+    measured = {tasks.get(name, name): entry["measures"] for name, entry in results["scores"][first].items()}
+    if all(name.startswith("mini-") for name in results["scores"][first]):
+        return []
+    return published_rows(backbone_of(results["config"]["models"][first]), measured)
 
 
 def _provenance(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -234,5 +262,9 @@ def _provenance(results: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [(name, f"{path}, sha256 {config['model_hashes'][name][:16]}…") for name, path in config["models"].items()]
     rows += [("data", str(config["data"])), ("decoding", f"{results['decoding']}, batches of {config['batch_size']}")]
     rows += [("device", config["device"]), ("limit", "none" if config["limit"] is None else str(config["limit"]))]
+    for entry in list(results["conditions"].values())[:1]:
+        shown = {"precision": entry["precision"], "template": entry["template"], "images": entry["image_padding"]}
+        rows += [(key, str(value)) for key, value in shown.items()]
+        rows += [(f"data {task}", f"sha256 {digest[:16]}…") for task, digest in entry["data"].items()]
     packages = {name: version for name, version in results["packages"].items() if version}
     return [*rows, ("packages", ", ".join(f"{name} {version}" for name, version in packages.items()))]

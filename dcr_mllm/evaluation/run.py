@@ -1,23 +1,19 @@
-"""`python eval/run.py --tasks mmvp [--models A B ...]`: ask LLaVAs a benchmark's questions, score and compare them."""
+"""`python eval/run.py --tasks mmvp,pope [--models A B ...]`: ask LLaVAs a benchmark's questions, score, compare."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import os
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dcr_mllm.cli import run_main
 from dcr_mllm.errors import UserError
-from dcr_mllm.runs import write_json_atomic, write_text_atomic
-
-if TYPE_CHECKING:
-    from dcr_mllm.evaluation.mllm_tasks import TaskData
-    from dcr_mllm.evaluation.scored import Scored
-
-RESULTS_VERSION = 1
+from dcr_mllm.runs import write_json_atomic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,113 +23,189 @@ class EvalConfig:
     Attributes:
         run: Name of the folder of results.
         tasks: Benchmarks.
-        models: LLaVA directories by name, the baseline first.
-        model_hashes: Of what is in them.
+        models: Directories by name; training runs of one model are beside each other, the baseline's first.
+        groups: Names of the training runs of each model.
+        model_hashes: Of what is in the directories.
         data: Where the benchmarks are.
         limit: Questions per task.
         batch_size: Questions that are decoded together.
+        scoring: Answers generated, or chosen by likelihood.
         device: Where the models run.
     """
 
     run: str
     tasks: list[str]
     models: dict[str, str]
+    groups: dict[str, list[str]]
     model_hashes: dict[str, str]
     data: str
     limit: int | None
     batch_size: int
+    scoring: str
     device: str
 
 
 _LAST_RUN = Path("runs/mini/stage2")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options; importing nothing heavy."""
     parser = argparse.ArgumentParser(
         prog="eval/run.py",
-        description="Compare LLaVAs on multimodal benchmarks: official scores, paired statistics, a verdict.",
+        description="Compare LLaVAs on multimodal benchmarks, and the towers in them on tower benchmarks: official "
+        "scores, paired statistics, a verdict. Start it with torchrun to use several GPUs.",
     )
-    parser.add_argument("--tasks", required=True, help="benchmarks, separated by commas: mmvp, pope")
+    parser.add_argument(
+        "--tasks",
+        required=True,
+        help="separated by commas: mmvp, pope, cv_bench, naturalbench, mme, scienceqa_img, hallusion_bench_image; of "
+        "towers mmvp_vlm, zero_shot, clustering, retrieval, linear_probe; any other task of lmms-eval is passed "
+        "through",
+    )
     parser.add_argument(
         "--models",
         nargs="+",
-        metavar="LLAVA",
-        help=f"LLaVA directories, the first is the baseline (default: {_LAST_RUN}/baseline and enhanced)",
+        metavar="MODEL",
+        help="LLaVA directories or hub ids, or towers for tower tasks; the first is the baseline. NAME=A1,A2 are "
+        f"training runs of one model (default: {_LAST_RUN}/baseline and enhanced)",
     )
     parser.add_argument(
         "--data",
         default="auto",
-        metavar="auto|mini|DIR",
-        help="mini: the drawn benchmarks; DIR: a folder that holds <task>/ in its public layout; auto: mini for LLaVAs "
-        "that were trained on the miniature",
+        metavar="auto|hub|mini|DIR",
+        help="mini: the drawn benchmarks; hub: what is in the hub cache; DIR: a folder that holds <task>/, a copy of "
+        "the hub repository or the public files; auto: mini for LLaVAs that were trained on the miniature, else hub",
     )
-    parser.add_argument("--limit", type=int, help="only so many questions per task; whole pairs are kept")
-    parser.add_argument("--batch-size", type=int, default=32, help="questions that are decoded together")
-    parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder of the results")
-    options = parser.parse_args(argv)
+    parser.add_argument("--limit", type=int, help="only so many questions per task; whole pairs and groups are kept")
+    parser.add_argument("--batch-size", type=int, default=32, help="questions that are decoded together (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder of the results (%(default)s)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="a killed run goes on anyway; with this, one that is not there is an error",
+    )
+    parser.add_argument(
+        "--scoring",
+        choices=("generation", "likelihood"),
+        default="generation",
+        help="likelihood: choose among the options by their log-probability (%(default)s)",
+    )
+    parser.add_argument(
+        "--allow-differences",
+        action="store_true",
+        help="compare models that were asked under different conditions, and say which",
+    )
+    return parser
 
-    def call() -> None:
-        from dcr_mllm.evaluation.mllm_tasks import check_tasks
 
-        tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
-        check_tasks(tasks)
-        if (options.limit is not None and options.limit < 1) or options.batch_size < 1:
-            raise UserError("--limit and --batch-size have to be at least 1")
-        models = _models(options.models)
-        data = _data(options.data, models)
-        import torch
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    options = build_parser().parse_args(argv)
+    return run_main(lambda: _run(options))
 
-        from dcr_mllm.runs import hash_directory, open_run
 
-        config = EvalConfig(
-            run=options.out.name,
-            tasks=tasks,
-            models={name: str(path) for name, path in models.items()},
-            model_hashes={name: hash_directory(path) for name, path in models.items()},
-            data=data,
-            limit=options.limit,
-            batch_size=options.batch_size,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+def _run(options: argparse.Namespace) -> None:
+    from dcr_mllm.evaluation.results import RESULTS_VERSION, TaskNames, format_results, load_tasks
+
+    tasks = TaskNames.sorted_out([name.strip() for name in options.tasks.split(",") if name.strip()])
+    if (options.limit is not None and options.limit < 1) or options.batch_size < 1:
+        raise UserError("--limit and --batch-size have to be at least 1")
+    groups = _models(options.models, towers=not (tasks.mllm or tasks.other))
+    models = {name: path for members in groups.values() for name, path in members.items()}
+    data = _data(options.data, models)
+    import torch
+
+    from dcr_mllm.runs import hash_directory, open_run
+
+    config = EvalConfig(
+        run=options.out.name,
+        tasks=tasks.all,
+        models={name: str(path) for name, path in models.items()},
+        groups={name: list(members) for name, members in groups.items()},
+        model_hashes={name: hash_directory(path) for name, path in models.items()},
+        data=data,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        scoring=options.scoring,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    option = f"--out {options.out.parent}/"
+    run = open_run(options.out.parent, config, option=option, create=False)
+    if options.resume and run.state == "new":
+        raise UserError(f"--resume: there is no evaluation in {options.out}; leave --resume out to start one")
+    if run.state == "finished":
+        print(f"{options.out} is finished; for another evaluation choose another --out")
+        results = read_results(options.out / "results.json", RESULTS_VERSION)
+    else:
+        loaded = load_tasks(config, tasks)  # before the folder is made: missing data are a mistake of the user
+        from dcr_mllm.evaluation.results import evaluate
+
+        first_process = int(os.environ.get("RANK", "0")) == 0
+        run = open_run(options.out.parent, config, option=option, create=first_process)
+        found = evaluate(config, tasks, loaded, options.out, allow_differences=options.allow_differences)
+        if found is None:
+            return
+        results = found
+        write_json_atomic(options.out / "results.json", results)
+        run.finish({})
+    print(format_results(results))
+    print(f"\nreport: {options.out / 'report.html'} and report.md, numbers: {options.out / 'results.json'}")
+
+
+def read_results(path: Path, version: int) -> dict[str, Any]:
+    """A finished evaluation's results.
+
+    Raises:
+        UserError: They were written by a version of this program that counted or named things differently.
+    """
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if results.get("version") != version:
+        raise UserError(
+            f"{path} has version {results.get('version')} of the results, and this program writes version {version}; "
+            "evaluate again into another --out"
         )
-        option = f"--out {options.out.parent}/"
-        run = open_run(options.out.parent, config, option=option, create=False)
-        if run.state == "finished":
-            print(f"{options.out} is finished; for another evaluation choose another --out")
-            results = json.loads((options.out / "results.json").read_text(encoding="utf-8"))
-        else:
-            loaded = load_tasks(config)  # before the folder is made: missing data are a mistake of the user
-            run = open_run(options.out.parent, config, option=option)
-            results = evaluate(config, loaded, options.out)
-            write_json_atomic(options.out / "results.json", results)
-            run.finish({})
-        print(format_results(results))
-        print(f"\nreport: {options.out / 'report.html'}, numbers: {options.out / 'results.json'}")
-
-    return run_main(call)
+    return results
 
 
-def _models(paths: list[str] | None) -> dict[str, Path]:
-    """LLaVA directories by name, all checked from their headers."""
-    from dcr_mllm.headers import resolve_weights
+def _models(values: list[str] | None, *, towers: bool) -> dict[str, dict[str, Path]]:
+    """By model the directories of its training runs, all checked from their headers."""
+    if values is None:
+        values = [str(_LAST_RUN / arm / "llava") for arm in ("baseline", "enhanced")]
+        if not all(Path(path).is_dir() for path in values):
+            raise UserError(f"{_LAST_RUN} has no finished LLaVAs; run bash scripts/stage2_llava.sh, or name --models")
+        print(f"models: {' '.join(values)}")
+    groups: dict[str, dict[str, Path]] = {}
+    for value in values:
+        match = None if Path(value).exists() else re.fullmatch(r"(\w[\w.+-]*)=(.+)", value)
+        paths = [_checked(path, towers) for path in (match[2].split(",") if match else [value])]
+        name = match[1] if match else _short_name(paths[0])
+        if match and name in groups:
+            raise UserError(f"--models: {name} is named twice; give its training runs at once, {name}=A1,A2")
+        name = name if name not in groups else f"{name}-{len(groups) + 1}"
+        single = len(paths) == 1
+        groups[name] = {name if single else f"{name}-{number}": path for number, path in enumerate(paths, start=1)}
+    return groups
+
+
+def _checked(value: str, towers: bool) -> Path:
+    from dcr_mllm.headers import read_json, resolve_weights, tower_summary
     from dcr_mllm.llava_headers import llava_summary
 
-    if paths is None:
-        paths = [str(_LAST_RUN / arm / "llava") for arm in ("baseline", "enhanced")]
-        if not all(Path(path).is_dir() for path in paths):
-            raise UserError(f"{_LAST_RUN} has no finished LLaVAs; run bash scripts/stage2_llava.sh, or name --models")
-        print(f"models: {' '.join(paths)}")
-    models: dict[str, Path] = {}
-    for value in paths:
-        path = llava_summary(resolve_weights(value, "llava")).path
-        name = path.parent.name if path.name == "llava" else path.name
-        models[name if name not in models else f"{name}-{len(models) + 1}"] = path
-    return models
+    if not towers:
+        return llava_summary(resolve_weights(value, "llava")).path
+    directory = Path(value)
+    if (directory / "config.json").is_file() and read_json(directory / "config.json").get("model_type") == "llava":
+        return llava_summary(resolve_weights(value, "llava")).path
+    return tower_summary(resolve_weights(value, "tower")).path
+
+
+def _short_name(path: Path) -> str:
+    return path.parent.name if path.name in ("llava", "tower") else path.name
 
 
 def _data(value: str, models: dict[str, Path]) -> str:
     """Which data `auto` means: the drawn ones for what was trained on drawn ones."""
-    from dcr_mllm.evaluation.mllm_tasks import MINI
+    from dcr_mllm.evaluation.mllm_data import HUB, MINI
 
     if value != "auto":
         return value
@@ -141,162 +213,22 @@ def _data(value: str, models: dict[str, Path]) -> str:
     if all(drawn.values()):
         return MINI
     if any(drawn.values()):
-        raise UserError("some of the LLaVAs were trained on the miniature and some not; say --data mini or --data DIR")
-    raise UserError("say where the benchmarks are: --data DIR with a folder for each task, or --data mini")
+        some = next(name for name, is_drawn in drawn.items() if is_drawn)
+        raise UserError(
+            f"{some} was trained on the miniature and others were not; say --data mini, --data hub or --data DIR"
+        )
+    return HUB
 
 
 def _trained_on_mini(path: Path) -> bool:
+    """Whether a LLaVA's instructions, or a tower's images, were drawn."""
     from dcr_mllm.headers import read_json
 
     record = path / "provenance.json"
     if not record.is_file():
         return False
     config = read_json(record).get("config", {})
-    return config.get("instruct", {}).get("data") == "mini"
-
-
-def load_tasks(config: EvalConfig) -> dict[str, TaskData]:
-    """The rows of every task, as many as the limit allows."""
-    from dcr_mllm.evaluation.mllm_tasks import TASKS, load_task
-
-    loaded = {name: load_task(name, config.data, Path("runs")) for name in config.tasks}
-    for name, found in loaded.items():
-        if config.limit is not None and config.limit < len(found.rows):
-            unit = TASKS[name].unit_size
-            kept = max(unit, config.limit - config.limit % unit)
-            said = ", whole pairs" if kept != config.limit else ""
-            print(f"{found.name}: {kept} of {len(found.rows)} questions{said}")
-            loaded[name] = found._replace(rows=found.rows[:kept])
-    return loaded
-
-
-def evaluate(config: EvalConfig, loaded: dict[str, TaskData], out: Path) -> dict[str, Any]:
-    """Ask every model every question, score the raw answers, compare each model with the first.
-
-    Args:
-        config: What is evaluated.
-        loaded: Rows by task.
-        out: Folder of answers; those of a killed run are not asked for again.
-
-    Returns:
-        Scores per model, and per model but the first its comparisons; `report.html` shows them.
-    """
-    from dcr_mllm.evaluation.mllm_tasks import TASKS, write_lmms_task
-    from dcr_mllm.evaluation.report import write_report
-    from dcr_mllm.evaluation.verdicts import add_verdicts, compare_task
-    from dcr_mllm.runs import atomic_directory, package_versions
-
-    definitions = out / "tasks"
-    with atomic_directory(definitions, replace=True) as temporary:
-        for name, found in loaded.items():
-            write_lmms_task(name, found, temporary, definitions)
-    scored: dict[str, dict[str, Scored]] = {}
-    items: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for model, path in config.models.items():
-        raw = out / "raw" / f"{model}.jsonl"
-        raw.parent.mkdir(exist_ok=True)
-        answers = ask(config, path, loaded, definitions, raw)
-        items[model], scored[model] = {}, {}
-        for name, found in loaded.items():
-            answered = [TASKS[name].item(row, answer) for row, answer in zip(found.rows, answers[name], strict=True)]
-            items[model][found.name], scored[model][found.name] = answered, found.score(answered)
-            _write_answers(out / "answers" / model / f"{found.name}.jsonl", answered, scored[model][found.name])
-    first, *others = config.models
-    comparisons = {}
-    for model in others:
-        comparisons[model] = {task: compare_task(scored[first][task], scored[model][task]) for task in scored[model]}
-        add_verdicts(comparisons[model])
-    results = {
-        "version": RESULTS_VERSION,
-        "config": dataclasses.asdict(config),
-        "decoding": "greedy",
-        "scores": {
-            model: {
-                task: {"measures": entry.values(), "questions": len(entry.right), "unparsable": len(entry.unparsable)}
-                for task, entry in entries.items()
-            }
-            for model, entries in scored.items()
-        },
-        "comparisons": comparisons,
-        "packages": package_versions(),
-    }
-    write_report(results, loaded, items, scored, out / "report.html")
-    return results
-
-
-def ask(
-    config: EvalConfig, path: str, tasks: dict[str, TaskData], definitions: Path, raw: Path
-) -> dict[str, list[str]]:
-    """One model's raw answers to every task's rows, in their order, through lmms-eval.
-
-    Args:
-        config: Batch size and device.
-        path: LLaVA directory.
-        tasks: `mllm_tasks.TaskData` by name.
-        definitions: Folder of their task files.
-        raw: Where answers are kept as they come.
-    """
-    from dcr_mllm.evaluation.pillow import kept_strict
-
-    with kept_strict():
-        from lmms_eval.evaluator import simple_evaluate
-        from lmms_eval.tasks import TaskManager
-
-    from dcr_mllm.evaluation.lmms_model import DcrLlava
-    from dcr_mllm.evaluation.mllm_tasks import lmms_name
-
-    names = {task: lmms_name(found.name) for task, found in tasks.items()}
-    # Only these: lmms-eval's full index takes ten seconds.
-    manager = TaskManager("WARNING", include_path=str(definitions), include_defaults=False)
-    found = simple_evaluate(
-        model=DcrLlava(path, batch_size=config.batch_size, device=config.device, answers=raw),
-        tasks=list(names.values()),
-        task_manager=manager,
-        log_samples=True,
-        bootstrap_iters=0,
-        batch_size=config.batch_size,
-    )
-    answers = {}
-    for task, name in names.items():
-        samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
-        answers[task] = [sample["resps"][0][0] for sample in samples]
-    return answers
-
-
-def _write_answers(path: Path, items: list[dict[str, Any]], scored: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unparsable = set(scored.unparsable)
-    lines = [
-        json.dumps({**item, "right": bool(right), "unparsable": k in unparsable})
-        for k, (item, right) in enumerate(zip(items, scored.right, strict=True))
-    ]
-    write_text_atomic(path, "\n".join(lines) + "\n")
-
-
-def format_results(results: dict[str, Any]) -> str:
-    """The results as text: verdicts first, then every measure."""
-    first = next(iter(results["config"]["models"]))
-    lines = []
-    for model, tasks in results["comparisons"].items():
-        for task, entry in tasks.items():
-            difference = entry["measures"][entry["headline"]]["difference"]
-            lines.append(
-                f"{model} against {first}, {task}: {entry['verdict']}; {entry['headline']} {difference:+.1f}, "
-                f"{entry['test']}, p {entry['p_value']:.2g} (Holm {entry['p_holm']:.2g}), "
-                f"{entry['gained']} gained and {entry['lost']} lost"
-            )
-            if entry["caution"]:
-                lines.append(f"  caution: {entry['caution']}")
-        lines.append("one training run each: training variance not measured")
-    for task in results["scores"][first]:
-        lines += ["", f"{task:<28}" + "".join(f"{model:>12}" for model in results["config"]["models"])]
-        for name in results["scores"][first][task]["measures"]:
-            cells = [results["scores"][model][task]["measures"][name] for model in results["config"]["models"]]
-            lines.append(f"  {name:<26}" + "".join(f"{value:>12.1f}" for value in cells))
-        for name in ("questions", "unparsable"):
-            cells = [results["scores"][model][task][name] for model in results["config"]["models"]]
-            lines.append(f"  {name:<26}" + "".join(f"{value:>12}" for value in cells))
-    return "\n".join(lines)
+    return config.get("instruct", {}).get("data") == "mini" or config.get("data") == "mini"
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ class Scored:
     unparsable: list[int]
     chance: tuple[str, float] | None = None
 
+    def resample(self, weights: np.ndarray) -> Measures:
+        """Every measure in each resample; `weights` [R, N] says how often an item is in it."""
+        return self.measure(weights @ self.sums)
+
     def values(self) -> dict[str, float]:
         """Every measure on the whole test set."""
         return {name: float(value) for name, value in self.measure(self.sums.sum(axis=0)).items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +22,8 @@ Item = dict[str, Any]
 
 POPE_CATEGORIES = ("random", "popular", "adversarial")
 _OTHER = {"A": "B", "B": "A"}
-# Rows whose labels are disputed; the hub copy of MMVP has the other answer.
-MMVP_DISPUTED = (99, 100, 279, 280)
+# Rows of MMVP whose labels are disputed, as its authors have them; the hub copy has the other answer.
+MMVP_DISPUTED = {99: "(a)", 100: "(b)", 279: "(a)", 280: "(b)"}
 MME_PERCEPTION = (
     "existence",
     "count",
@@ -39,7 +39,7 @@ MME_PERCEPTION = (
 MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
-def score_mmvp(items: Sequence[Item], disputed: Sequence[int] = MMVP_DISPUTED) -> Scored:
+def score_mmvp(items: Sequence[Item], disputed: Collection[int] = MMVP_DISPUTED) -> Scored:
     """MMVP: a pair counts only if both of its questions are answered right; chance is 25 %.
 
     The official judge is GPT-4; a letter rule stands in. Four of the 300 labels are disputed, so that both label sets

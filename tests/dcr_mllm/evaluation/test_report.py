@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from PIL import Image
 
-from dcr_mllm.evaluation.mllm_tasks import TaskData, mmvp_item
+from dcr_mllm.evaluation.mllm_data import TaskData
+from dcr_mllm.evaluation.mllm_tasks import mmvp_item
 from dcr_mllm.evaluation.report import write_report
 from dcr_mllm.evaluation.scorers import score_mmvp
 from dcr_mllm.evaluation.verdicts import add_verdicts, compare_task
@@ -33,7 +35,6 @@ def write(out: Path, base_right: set[int], new_right: set[int], patterns: tuple[
             "Question": f"What about {index}?",
             "Options": "(a) left (b) right",
             "Correct Answer": "(a)" if index % 2 else "(b)",
-            "image": picture(index),
             **({"Pattern": patterns[(index - 1) // 8]} if patterns else {}),
         }
         for index in range(1, 25)
@@ -51,11 +52,12 @@ def write(out: Path, base_right: set[int], new_right: set[int], patterns: tuple[
 
     items = {"old": {"mini-mmvp": answers(base_right)}, "new": {"mini-mmvp": answers(new_right)}}
     scored = {model: {task: score_mmvp(found, ()) for task, found in tasks.items()} for model, tasks in items.items()}
-    comparison = {"mini-mmvp": compare_task(scored["old"]["mini-mmvp"], scored["new"]["mini-mmvp"])}
+    comparison = {"mini-mmvp": compare_task([scored["old"]["mini-mmvp"]], [scored["new"]["mini-mmvp"]])}
     add_verdicts(comparison)
     results = {
         "config": {
             "models": {"old": "/a/old", "new": "/a/new"},
+            "groups": {"old": ["old"], "new": ["new"]},
             "model_hashes": {"old": "0" * 64, "new": "1" * 64},
             "data": "mini",
             "batch_size": 4,
@@ -63,9 +65,21 @@ def write(out: Path, base_right: set[int], new_right: set[int], patterns: tuple[
             "limit": None,
         },
         "decoding": "greedy",
+        "conditions": {
+            model: {"precision": "float32", "template": "abc", "image_padding": "pad", "data": {"mini-mmvp": "d" * 64}}
+            for model in ("old", "new")
+        },
+        "differences": [],
+        "passed_through": {"old": {"gqa": {"exact_match": 0.25}}},
+        "undecodable": {},
         "scores": {
             model: {
-                task: {"measures": entry.values(), "questions": 24, "unparsable": len(entry.unparsable)}
+                task: {
+                    "measures": entry.values(),
+                    "questions": 24,
+                    "unparsable": len(entry.unparsable),
+                    "lmms_eval": {"mmvp_accuracy": 0.5},
+                }
                 for task, entry in tasks.items()
             }
             for model, tasks in scored.items()
@@ -73,20 +87,21 @@ def write(out: Path, base_right: set[int], new_right: set[int], patterns: tuple[
         "comparisons": {"new": comparison},
         "packages": {"torch": "1.0", "absent": None},
     }
-    data = {"mmvp": TaskData("mini-mmvp", rows, score_mmvp)}
-    write_report(results, data, items, scored, out)
-    return out.read_text()
+    table = Dataset.from_list([{"image": picture(row["Index"])} for row in rows])
+    data = TaskData(task="mmvp", name="mini-mmvp", table=table, rows=rows, undecodable={}, files=None, score=score_mmvp)
+    write_report(results, {"mmvp": data}, items, scored, out)
+    return (out / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write(tmp_path_factory.mktemp("report") / "report.html", {1, 2}, {2, *range(3, 12)})
+    return write(tmp_path_factory.mktemp("report"), {1, 2}, {2, *range(3, 12)})
 
 
 def test_verdict_and_numbers_come_first(page: str):
     text = re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)
     words = " ".join(text.split())
-    assert words.index("mini-mmvp: better") < words.index("pair accuracy") < words.index("Pairs by pattern")
+    assert words.index("mini-mmvp: better") < words.index("pair accuracy") < words.index("pairs by pattern")
     assert "new 83.3, old 16.7 (pair accuracy): +66.7 points" in words
     assert "9 gained, 1 lost" in words and "exact McNemar on 12 pairs, p 0.021" in words
     assert "controlled experiment" in words and "sha256 1111111111111111" in words and "absent" not in words
@@ -116,6 +131,6 @@ def test_plot_has_a_dot_per_pattern_and_the_ink_of_the_page(page: str):
 
 
 def test_without_patterns_there_is_no_plot(tmp_path: Path):
-    page = write(tmp_path / "report.html", {1}, {1}, patterns=None)
-    assert "<svg" not in page and "Pairs by pattern" not in page
+    page = write(tmp_path, {1}, {1}, patterns=None)
+    assert "<svg" not in page and "pairs by pattern" not in page
     assert "0 pairs" in page and "no difference detected" in page

@@ -34,7 +34,7 @@ def pope(share_right: float, seed: int) -> list[dict]:
 def test_mmvp_is_tested_on_pairs():
     rng = np.random.default_rng(0)
     base, model = (score_mmvp(mmvp(list(rng.random(300) < share)), ()) for share in (0.5, 0.7))
-    entry = compare_task(base, model)
+    entry = compare_task([base], [model])
     assert base.units is not None and model.units is not None
     gained, lost = int((model.units & ~base.units).sum()), int((base.units & ~model.units).sum())
     assert (entry["gained"], entry["lost"]) == (gained, lost) and gained > lost > 5
@@ -51,7 +51,7 @@ def test_mmvp_is_tested_on_pairs():
 def test_pope_is_resampled_by_image():
     base_items, model_items = pope(0.75, 1), pope(0.85, 2)
     base, model = score_pope(base_items), score_pope(model_items)
-    entry = compare_task(base, model)
+    entry = compare_task([base], [model])
     # The same resamples of images, written out as items and scored afresh.
     weights = Resampler(len(base_items), [str(item["image"]) for item in base_items], num_resamples=40).weights()
     written = []
@@ -80,7 +80,7 @@ def test_questions_on_one_image_count_once():
         answer = item["target"] if right else {"yes": "no", "no": "yes"}[item["target"]]
         model_items.append({**item, "answer": answer.title()})
     base, model = score_pope(base_items), score_pope(model_items)
-    low, high = compare_task(base, model)["measures"]["accuracy"]["interval"]
+    low, high = compare_task([base], [model])["measures"]["accuracy"]["interval"]
     per_image = [
         np.mean([model.right[k] - float(base.right[k]) for k, item in enumerate(base_items) if item["image"] == image])
         for image in range(40)
@@ -90,7 +90,7 @@ def test_questions_on_one_image_count_once():
 
 def test_bootstrap_p_values_are_uniform_where_nothing_differs():
     values = [
-        compare_task(score_pope(pope(0.8, 2 * k)), score_pope(pope(0.8, 2 * k + 1)))["p_value"] for k in range(60)
+        compare_task([score_pope(pope(0.8, 2 * k))], [score_pope(pope(0.8, 2 * k + 1))])["p_value"] for k in range(60)
     ]
     assert np.mean(np.array(values) < 0.2) == pytest.approx(0.2, abs=0.16)
     assert 0.3 < np.mean(values) < 0.7
@@ -98,7 +98,7 @@ def test_bootstrap_p_values_are_uniform_where_nothing_differs():
 
 def test_a_model_against_itself():
     scored = score_pope(pope(0.8, 0))
-    entry = {"pope": compare_task(scored, scored)}
+    entry = {"pope": compare_task([scored], [scored])}
     add_verdicts(entry)
     assert entry["pope"]["p_value"] == 1 and entry["pope"]["verdict"].startswith("no difference detected")
 
@@ -106,10 +106,10 @@ def test_a_model_against_itself():
 @pytest.mark.parametrize(("shares", "guessing"), [((0.5, 0.5), True), ((0.5, 0.9), False), ((0.9, 0.9), False)])
 def test_guessing_is_called_guessing(shares: tuple[float, float], guessing: bool):
     base, model = (score_pope(pope(share, seed)) for seed, share in enumerate(shares))
-    assert (compare_task(base, model)["caution"] is not None) == guessing
+    assert (compare_task([base], [model])["caution"] is not None) == guessing
     rng = np.random.default_rng(0)
     base, model = (score_mmvp(mmvp(list(rng.random(300) < share)), ()) for share in shares)
-    caution = compare_task(base, model)["caution"]
+    caution = compare_task([base], [model])["caution"]
     assert caution == ("neither model is told from guessing here (pair accuracy 25 by chance)" if guessing else None)
 
 
@@ -136,4 +136,56 @@ def test_words_follow_holm():
 
 def test_different_questions_are_refused():
     with pytest.raises(UserError, match="did not answer the same questions"):
-        compare_task(score_pope(pope(0.8, 0)), score_pope(pope(0.8, 0)[:-6]))
+        compare_task([score_pope(pope(0.8, 0))], [score_pope(pope(0.8, 0)[:-6])])
+
+
+def test_several_training_runs_widen_the_interval_by_their_own_spread():
+    """Against a bootstrap written out: images and training runs are drawn, each side's runs by themselves."""
+    base = [score_pope(pope(share, seed)) for share, seed in ((0.6, 1), (0.7, 2), (0.8, 3))]
+    model = [score_pope(pope(share, seed)) for share, seed in ((0.75, 4), (0.95, 5))]
+    entry = compare_task(base, model)
+    accuracy = entry["measures"]["accuracy"]
+    means = [np.mean([scored.values()["accuracy"] for scored in runs]) for runs in (base, model)]
+    assert accuracy["difference"] == pytest.approx(means[1] - means[0])
+    rng, draws = np.random.default_rng(7), []
+    clusters = np.array(base[0].clusters)
+    names = np.unique(clusters)
+    members = {name: np.flatnonzero(clusters == name) for name in names}
+    for _ in range(1500):
+        chosen = np.concatenate([members[name] for name in rng.choice(names, len(names))])
+        sides = [
+            np.mean(
+                [
+                    runs[k].measure(runs[k].sums[chosen].sum(axis=0))["accuracy"]
+                    for k in rng.integers(len(runs), size=len(runs))
+                ]
+            )
+            for runs in (base, model)
+        ]
+        draws.append(sides[1] - sides[0])
+    low, high = np.percentile(draws, [2.5, 97.5])
+    assert accuracy["interval"] == pytest.approx([low, high], abs=1.5)
+    one = compare_task(base[:1], model[:1])["measures"]["accuracy"]["interval"]
+    assert high - low > 1.2 * (one[1] - one[0])
+    assert "and training runs" in entry["test"] and "over 3 and 2 runs; few runs" in entry["training"]
+    assert compare_task(base[:1], model[:1])["training"] == "one training run each: training variance not measured"
+
+
+def test_runs_of_pairs_are_tested_by_the_bootstrap():
+    """McNemar's test knows one run a side; with several, the difference and its test are over runs."""
+    items = [
+        [
+            {
+                "index": k,
+                "options": ["x", "y"],
+                "target": "(a)",
+                "answer": "A" if (k * 7 + run) % 5 < 2 + run % 2 else "B",
+            }
+            for k in range(1, 81)
+        ]
+        for run in range(4)
+    ]
+    base, model = [[score_mmvp(items[k], ()) for k in chosen] for chosen in ((0, 2), (1, 3))]
+    entry = compare_task(base, model)
+    assert entry["test"] == "paired bootstrap over 40 images or groups and training runs"
+    assert 0 < entry["p_value"] <= 1 and entry["gained"] + entry["lost"] > 0

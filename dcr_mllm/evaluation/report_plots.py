@@ -1,0 +1,99 @@
+"""The report's plots as SVG in the page's own text colour: patterns, POPE's categories, drift by layer."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_INK = "#010203"  # replaced by the page's text colour
+COLOURS = ("#b8912b", "#2f83c9", "#3f9c63", "#b25fb0", "#c25b4c")
+
+
+def pattern_plot(patterns: Sequence[str], units: Mapping[str, np.ndarray]) -> str:
+    """A dot per model and pattern with its 95 % interval (Wilson).
+
+    Args:
+        patterns: [U] of each pair.
+        units: By model, [U] whether the pair is right.
+    """
+    from scipy.stats import binomtest
+
+    names = list(dict.fromkeys(patterns))
+    rows: dict[str, list[tuple[float, float, float]]] = {model: [] for model in units}
+    for model, right in units.items():
+        for name in names:
+            hits = np.array([bool(hit) for hit, pattern in zip(right, patterns, strict=True) if pattern == name])
+            interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
+            rows[model].append((100 * hits.mean(), 100 * interval.low, 100 * interval.high))
+    return _dots(names, rows, "pairs right, %, 95 % intervals; dotted: chance", chance=25)
+
+
+def category_plot(categories: Sequence[str], f1: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
+    """POPE's F1: by model and category the value and its 95 % interval."""
+    return _dots(categories, {model: list(rows) for model, rows in f1.items()}, "F1, %, 95 % intervals over images")
+
+
+def drift_plot(drifts: Mapping[str, Mapping[str, Any]]) -> str:
+    """How far the patch tokens of each tower are from the base's, layer by layer; the layer that LLaVA reads is marked.
+
+    Args:
+        drifts: By tower the `drift` of `tower_evaluation.json`.
+    """
+    figure, axes = _figure(5.4, 2.8)
+    for number, (name, drift) in enumerate(drifts.items()):
+        layers = [entry["layer"] for entry in drift["layers"]]
+        cosine = [entry["patch"]["cosine"] for entry in drift["layers"]]
+        axes.plot(layers, cosine, "o-", color=COLOURS[(number + 1) % len(COLOURS)], markersize=4, label=name)
+        axes.axvline(drift["llava_layer"], color=_INK, linewidth=0.8, linestyle=":")
+    axes.set_xlabel("layer (0: embeddings); dotted: the one that LLaVA reads", color=_INK)
+    axes.set_ylabel("cosine to the base tower", color=_INK)
+    return _finish(figure, axes, len(drifts))
+
+
+def _dots(
+    names: Sequence[str],
+    rows: Mapping[str, Sequence[tuple[float, float, float]]],
+    caption: str,
+    chance: float | None = None,
+) -> str:
+    """Horizontal intervals with a dot: a line per name, beside each other by model."""
+    step = min(0.22, 0.7 / len(rows))
+    figure, axes = _figure(5.4, max(0.42, 0.16 * len(rows)) * len(names) + 1.0 + 0.1 * len(rows))
+    for number, (model, values) in enumerate(rows.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        for row, (value, low, high) in enumerate(values):
+            height = row + (number - (len(rows) - 1) / 2) * step
+            axes.plot([low, high], [height] * 2, color=colour, linewidth=1.6)
+            axes.plot([value], [height], "o", color=colour, markersize=6, label=model if row == 0 else None)
+    if chance is not None:
+        axes.axvline(chance, color=_INK, linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, 20) for name in names], color=_INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(caption, color=_INK)
+    return _finish(figure, axes, len(rows))
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasSVG(figure)
+    return figure, figure.subplots()
+
+
+def _finish(figure: Any, axes: Any, num_models: int) -> str:
+    axes.tick_params(colors=_INK)
+    for spine in axes.spines.values():
+        spine.set_color(_INK)
+    axes.legend(frameon=False, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(num_models, 2))
+    figure.tight_layout()
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(_INK, "currentColor")
