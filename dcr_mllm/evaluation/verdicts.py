@@ -1,7 +1,7 @@
 """What a difference between two models on one benchmark is worth.
 
-Exact McNemar where units are independent, a paired cluster bootstrap everywhere (over training runs too, where there are
-several), Holm over the tasks of a comparison, and the smallest gain that could have been seen. Values are in the
+Exact McNemar where units are independent, a paired cluster bootstrap everywhere, over training runs too where there are
+several; Holm over the tasks of a comparison, and the smallest gain that could have been seen. Values are in the
 benchmark's own unit, mostly percent.
 """
 
