@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from PIL import Image
 
-from dcr_mllm.evaluation.mllm_tasks import TaskData, mmvp_item, pope_item
+from dcr_mllm.evaluation.mllm_data import TaskData
+from dcr_mllm.evaluation.mllm_tasks import mmvp_item, pope_item
 from dcr_mllm.evaluation.report import write_report
 from dcr_mllm.evaluation.scorers import POPE_CATEGORIES, score_mme, score_mmvp, score_pope
 from dcr_mllm.evaluation.verdicts import add_verdicts, compare_task
@@ -69,12 +71,13 @@ def write_page(out: Path, models: tuple[str, ...]) -> None:
     }
     scored = {m: {task: scorers[task](found) for task, found in tasks.items()} for m, tasks in items.items()}
     first, *others = models
-    comparisons = {m: {task: compare_task(scored[first][task], scored[m][task]) for task in rows} for m in others}
+    comparisons = {m: {task: compare_task([scored[first][task]], [scored[m][task]]) for task in rows} for m in others}
     for comparison in comparisons.values():
         add_verdicts(comparison)
     results = {
         "config": {
             "models": {model: f"/data/checkpoints/2025/{model}/stage2/llava" for model in models},
+            "groups": {model: [model] for model in models},
             "model_hashes": {model: "0123456789abcdef" * 4 for model in models},
             "data": "/data/benchmarks/public",
             "batch_size": 32,
@@ -82,9 +85,21 @@ def write_page(out: Path, models: tuple[str, ...]) -> None:
             "limit": None,
         },
         "decoding": "greedy",
+        "conditions": {
+            model: {"precision": "bfloat16", "template": "a" * 16, "image_padding": "pad", "data": {"mmvp": "b" * 64}}
+            for model in models
+        },
+        "differences": [f"{others[0]}: precision float32 ({first}: bfloat16)"],
+        "passed_through": {first: {"gqa": {"exact_match": 0.5}, "textvqa_val": {"exact_match": 0.25}}},
+        "undecodable": {"mmvp": {"3": "image file is truncated (12 bytes not processed)"}},
         "scores": {
             model: {
-                task: {"measures": entry.values(), "questions": len(entry.right), "unparsable": len(entry.unparsable)}
+                task: {
+                    "measures": entry.values(),
+                    "questions": len(entry.right),
+                    "unparsable": len(entry.unparsable),
+                    "lmms_eval": {"mme_perception_score": 1234.5, "mme_cognition_score": 321.0},
+                }
                 for task, entry in tasks.items()
             }
             for model, tasks in scored.items()
@@ -92,7 +107,19 @@ def write_page(out: Path, models: tuple[str, ...]) -> None:
         "comparisons": comparisons,
         "packages": {"torch": "2.14.1+cu130", "transformers": "5.24.0", "lmms-eval": "0.5.0"},
     }
-    write_report(results, {t: TaskData(t, found, scorers[t]) for t, found in rows.items()}, items, scored, out)
+    data = {
+        task: TaskData(
+            task=task,
+            name=task,
+            table=Dataset.from_list([{"image": row.get("image")} for row in found]),
+            rows=found,
+            undecodable={},
+            files=None,
+            score=scorers[task],
+        )
+        for task, found in rows.items()
+    }
+    write_report(results, data, items, scored, out)
 
 
 def mmvp_rows(rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -260,7 +287,7 @@ def looked(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def call(count: int, scheme: str) -> tuple[dict[int, dict[str, Any]], list[str]]:
         folder = tmp_path_factory.mktemp("browser")
-        write_page(folder / "report.html", MODELS[:count])
+        write_page(folder, MODELS[:count])
         return look((folder / "report.html").read_text(encoding="utf-8"), folder, scheme)
 
     return call
