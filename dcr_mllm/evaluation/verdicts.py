@@ -32,7 +32,7 @@ def compare_task(base: Scored, model: Scored, seed: int = 0) -> dict[str, Any]:
     if base.clusters != model.clusters:
         raise UserError("the two models did not answer the same questions; evaluate both on the same data")
     weights = Resampler(len(base.clusters), base.clusters, seed=seed).weights().astype(np.float32)
-    ours, theirs = model.measure(weights @ model.sums), base.measure(weights @ base.sums)
+    ours, theirs = model.resample(weights), base.resample(weights)
     values, base_values = model.values(), base.values()
     measures = {}
     for name, value in values.items():
