@@ -79,8 +79,8 @@ def read_labelled_set(directory: str | Path, needed: Sequence[str] = SPLITS) -> 
         reader = csv.DictReader(file)
         columns = [column.strip() for column in reader.fieldnames or []]
         reader.fieldnames = columns
-        for needed in ("file", "split", "class"):
-            if needed not in columns:
+        for name in ("file", "split", "class"):
+            if name not in columns:
                 raise UserError(f"{table} has the columns {columns}, but 'file,split,class,<attribute>...' is needed.")
         rows = [{column: (row[column] or "").strip() for column in columns} for row in reader]
     for number, row in enumerate(rows, start=2):
