@@ -44,7 +44,7 @@ def score_mmvp_vlm(pairs: Sequence[Pair], correct: np.ndarray, readable: np.ndar
         sums=columns.matrix(),
         measure=measure,
         headline="pair_accuracy",
-        clusters=[f"pair {number}" for number in range(1, len(pairs) + 1)],
+        clusters=_each(len(pairs)),
         units=right,
         unit_name="pair",
         right=right,
@@ -201,4 +201,6 @@ def score_retrieval(images: np.ndarray, texts: np.ndarray, owner: np.ndarray, re
 
 
 def _each(num_items: int) -> list[str]:
-    return [str(number) for number in range(num_items)]
+    """A cluster per item; their names sort as the items do, so that resamples are those of `Resampler(num_items)`."""
+    width = len(str(num_items))
+    return [f"{number:0{width}d}" for number in range(num_items)]
