@@ -6,10 +6,11 @@ from `model_type` in its config, never from its path.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,12 @@ from dcr_mllm.headers import TowerSummary
 from dcr_mllm.log import get_logger
 
 logger = get_logger(__name__)
+
+
+class Picture(Protocol):
+    """An encoded image: a file, or a part of one. Its `str` says where it is."""
+
+    def read_bytes(self) -> bytes: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +72,13 @@ class ImageFeatures:
         projected: [N, D] the embedding whose cosine with a text's is the contrastive logit; not normalised.
         pooled: [N, H] the pooled feature before the projection (the same as `projected` for SigLIP).
         tokens: Hidden states of the first `num_token_images` images, None if none were asked for.
+        unreadable: Positions of images that could not be decoded; black ones stand in for them.
     """
 
     projected: np.ndarray
     pooled: np.ndarray
     tokens: TokenSample | None
+    unreadable: tuple[int, ...] = ()
 
 
 def pick_device(device: str) -> torch.device:
@@ -101,12 +110,13 @@ def _check_images(path: Path, processor: Any, image_size: int, patch_size: int) 
         )
 
 
-def _open_rgb(path: Path) -> Image.Image:
+def _open_rgb(picture: Picture) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(picture.read_bytes())) as image:
             return image.convert("RGB")
-    except OSError as error:
-        raise UserError(f"{path} is not a readable image: {error}.") from error
+    # Pillow's decoders raise more than OSError on damage, and a warning of too many pixels may be an error.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{picture} is not a readable image: {error}.") from error
 
 
 class DualEncoder:
@@ -174,29 +184,48 @@ class DualEncoder:
         row = {text: index for index, text in enumerate(unique)}
         return np.concatenate(embeddings)[[row[text] for text in texts]]
 
-    def _pixel_batches(self, files: Sequence[Path]) -> Iterator[Tensor]:
+    def _pixel_batches(self, files: Sequence[Picture], unreadable: list[int] | None) -> Iterator[Tensor]:
         for start in range(0, len(files), self.batch_size):
-            images = [_open_rgb(file) for file in files[start : start + self.batch_size]]
+            images = []
+            for position, file in enumerate(files[start : start + self.batch_size], start=start):
+                try:
+                    images.append(_open_rgb(file))
+                except UserError:
+                    if unreadable is None:
+                        raise
+                    unreadable.append(position)
+                    images.append(Image.new("RGB", (self.vision_config.image_size,) * 2))
             yield self._processor(images, return_tensors="pt")["pixel_values"].to(self.device)
 
     @torch.inference_mode()
     def embed_images(
-        self, files: Sequence[Path], *, num_token_images: int = 0, num_patches: int = 8, seed: int = 0
+        self,
+        files: Sequence[Picture],
+        *,
+        num_token_images: int = 0,
+        num_patches: int = 8,
+        seed: int = 0,
+        skip_unreadable: bool = False,
     ) -> ImageFeatures:
         """Embed images in one pass.
 
         Args:
-            files: N image files of any mode and size.
+            files: N images of any mode and size, files or parts of them.
             num_token_images: M, of how many images (the first ones) the hidden states are kept.
             num_patches: P, how many patch tokens of each of them.
             seed: Of the choice of patches; the same seed gives the same patches for every tower of one shape.
+            skip_unreadable: List images that cannot be decoded instead of raising.
+
+        Raises:
+            UserError: An image cannot be decoded.
         """
+        unreadable: list[int] | None = [] if skip_unreadable else None
         rng = np.random.default_rng(seed)
         projected, pooled, classes, patches = [], [], [], []
         done = 0
         # TF32 convolutions are on by default and are not fp32.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for pixels in self._pixel_batches(files):
+            for pixels in self._pixel_batches(files, unreadable):
                 num_kept = min(max(num_token_images - done, 0), len(pixels))
                 output = self._model.vision_model(pixel_values=pixels, output_hidden_states=num_kept > 0)
                 feature = output.pooler_output
@@ -212,7 +241,12 @@ class DualEncoder:
         if patches:
             class_tokens = np.concatenate(classes, axis=1) if self.kind.has_class_token else None
             tokens = TokenSample(class_tokens=class_tokens, patch_tokens=np.concatenate(patches, axis=1))
-        return ImageFeatures(projected=np.concatenate(projected), pooled=np.concatenate(pooled), tokens=tokens)
+        return ImageFeatures(
+            projected=np.concatenate(projected),
+            pooled=np.concatenate(pooled),
+            tokens=tokens,
+            unreadable=tuple(unreadable or ()),
+        )
 
     def _sample_tokens(
         self, hidden_states: Sequence[Tensor], num_kept: int, num_patches: int, rng: np.random.Generator

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dcr_mllm.errors import UserError
+
+if TYPE_CHECKING:
+    from dcr_mllm.evaluation.features import Picture
 
 SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One split: N files, their class values [N] and, per attribute, the values [N] ("" = does not apply)."""
+    """One split: N images, their class values [N] and, per attribute, the values [N] ("" = does not apply)."""
 
-    files: list[Path]
+    files: Sequence[Picture]
     classes: np.ndarray
     attributes: dict[str, np.ndarray]
 
@@ -58,11 +63,12 @@ def _read_classes(path: Path) -> dict[str, list[str]]:
     return prompts
 
 
-def read_labelled_set(directory: str | Path) -> LabelledSet:
+def read_labelled_set(directory: str | Path, needed: Sequence[str] = SPLITS) -> LabelledSet:
     """Read a labelled set and check that every file exists and every class has a name.
 
     Args:
         directory: Holds `labels.csv`, `classes.json` and the images.
+        needed: Splits that may not be empty.
     """
     directory = Path(directory)
     table = directory / "labels.csv"
@@ -73,8 +79,8 @@ def read_labelled_set(directory: str | Path) -> LabelledSet:
         reader = csv.DictReader(file)
         columns = [column.strip() for column in reader.fieldnames or []]
         reader.fieldnames = columns
-        for needed in ("file", "split", "class"):
-            if needed not in columns:
+        for name in ("file", "split", "class"):
+            if name not in columns:
                 raise UserError(f"{table} has the columns {columns}, but 'file,split,class,<attribute>...' is needed.")
         rows = [{column: (row[column] or "").strip() for column in columns} for row in reader]
     for number, row in enumerate(rows, start=2):
@@ -88,7 +94,7 @@ def read_labelled_set(directory: str | Path) -> LabelledSet:
     splits = {}
     for split in SPLITS:
         members = [row for row in rows if row["split"] == split]
-        if not members:
+        if not members and split in needed:
             raise UserError(f"{table} has no rows of the split '{split}'; k-NN and probes need both splits.")
         splits[split] = Split(
             files=[directory / row["file"] for row in members],

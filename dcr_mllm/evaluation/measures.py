@@ -30,20 +30,24 @@ def l2_normalise(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
-def zero_shot_correct(images: np.ndarray, prompts: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Whether the nearest class is the right one.
+def zero_shot_scores(images: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """Similarity of images and classes.
 
     Args:
         images: [N, D] image embeddings.
         prompts: [K, T, D] normalised text embeddings of K classes in T templates; a class is the mean of its templates.
-        truth: [N] class indices.
 
     Returns:
-        [N] bool.
+        [N, K], comparable within an image only.
     """
     classes = l2_normalise(prompts.mean(axis=1))
     # The scale of the images does not change which class wins, so they need no normalisation.
-    return (images @ classes.T).argmax(axis=1) == truth
+    return images @ classes.T
+
+
+def zero_shot_correct(images: np.ndarray, prompts: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """[N] whether the nearest class is the right one; `truth` [N] are class indices, see `zero_shot_scores`."""
+    return zero_shot_scores(images, prompts).argmax(axis=1) == truth
 
 
 def knn_correct(
@@ -126,6 +130,16 @@ def cluster(features: np.ndarray, num_clusters: int, seeds: Sequence[int], num_s
     with _threads(features):
         runs = [KMeans(num_clusters, n_init=num_starts, random_state=seed).fit(normalised) for seed in seeds]
     return np.stack([run.labels_ for run in runs])
+
+
+def best_matches(truth: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """[N] whether each item is in the cluster that the best one-to-one assignment gives to its class."""
+    table = np.zeros((int(truth.max()) + 1, int(clusters.max()) + 1))
+    np.add.at(table, (truth, clusters), 1)
+    cluster_of = np.full(len(table), -1)
+    rows, columns = linear_sum_assignment(table, maximize=True)
+    cluster_of[rows] = columns
+    return cluster_of[truth] == clusters
 
 
 def clustering_scores(truth: np.ndarray, clusters: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:

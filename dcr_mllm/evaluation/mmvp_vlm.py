@@ -160,6 +160,14 @@ def read_pairs(directory: str | Path) -> list[Pair]:
     return pairs
 
 
+def pair_logits(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """[P, 2 (text), 2 (image)] similarities, from embeddings [2P, D] of the pairs' images and texts in row order."""
+    width = images.shape[1]
+    # Scale and bias of the logits are positive and shared, so the inner product of normalised images decides alike.
+    normalised = images / np.linalg.norm(images, axis=1, keepdims=True)
+    return texts.reshape(-1, 2, width) @ normalised.reshape(-1, 2, width).transpose(0, 2, 1)
+
+
 def score_pairs(logits: np.ndarray) -> np.ndarray:
     """Which pairs are right.
 

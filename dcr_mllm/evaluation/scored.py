@@ -28,6 +28,9 @@ class Scored:
         right: [N] whether the answer to each item is right.
         unparsable: Positions of answers that say nothing the rule can read.
         chance: A measure that guessing brings to a known value, and that value.
+        measure_weighted: From how often each item counts [R, N] to named values [R], where the measures are no function
+            of sums over items, such as clustering scores; it then stands in for `measure`.
+        undecodable: Images that could not be read. All that depends on them counts as wrong.
     """
 
     sums: np.ndarray
@@ -39,6 +42,14 @@ class Scored:
     right: np.ndarray
     unparsable: list[int]
     chance: tuple[str, float] | None = None
+    measure_weighted: Callable[[np.ndarray], Measures] | None = None
+    undecodable: tuple[str, ...] = ()
+
+    def resample(self, weights: np.ndarray) -> Measures:
+        """Every measure [R] in R resamples of the items, given how often each item occurs in each, [R, N]."""
+        if self.measure_weighted is not None:
+            return self.measure_weighted(weights)
+        return self.measure(weights @ self.sums)
 
     def resample(self, weights: np.ndarray) -> Measures:
         """Every measure in each resample; `weights` [R, N] says how often an item is in it."""
@@ -46,6 +57,9 @@ class Scored:
 
     def values(self) -> dict[str, float]:
         """Every measure on the whole test set."""
+        if self.measure_weighted is not None:
+            whole = self.measure_weighted(np.ones((1, len(self.clusters))))
+            return {name: float(value[0]) for name, value in whole.items()}
         return {name: float(value) for name, value in self.measure(self.sums.sum(axis=0)).items()}
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from dcr_mllm.errors import UserError
 from dcr_mllm.evaluation.labelled import LabelledSet, Split, read_labelled_set
-from dcr_mllm.evaluation.mmvp_vlm import PROMPT, Pair, read_pairs, score_pairs, summarise
+from dcr_mllm.evaluation.mmvp_vlm import PROMPT, Pair, pair_logits, read_pairs, score_pairs, summarise
 from dcr_mllm.evaluation.table import print_table
 from dcr_mllm.headers import TowerSummary, resolve_weights, tower_summary
 from dcr_mllm.log import get_logger
@@ -44,14 +44,10 @@ def _measure_pairs(encoder: DualEncoder, pairs: Sequence[Pair], num_token_images
     files = [file for pair in pairs for file in pair.images]
     images = encoder.embed_images(files, num_token_images=num_token_images)
     texts = encoder.embed_texts([text for pair in pairs for text in pair.texts])
-    width = images.projected.shape[1]
-    # Scale and bias of the logits are positive and shared, so the inner product of normalised images decides alike.
-    normalised = images.projected / np.linalg.norm(images.projected, axis=1, keepdims=True)
-    logits = texts.reshape(-1, 2, width) @ normalised.reshape(-1, 2, width).transpose(0, 2, 1)
-    return score_pairs(logits), images
+    return score_pairs(pair_logits(images.projected, texts)), images
 
 
-def _probe_attributes(
+def probe_attributes(
     split_train: Split, split_test: Split, train: np.ndarray, test: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Per attribute, [N] of 0 and 1, NaN where the attribute does not apply."""
@@ -91,7 +87,7 @@ def _measure_labelled(
     correct = {
         "zero_shot": measures.zero_shot_correct(images["test"].projected, prompts, truth["test"]),
         "knn": measures.knn_correct(chosen["train"], truth["train"], chosen["test"], truth["test"], NUM_NEIGHBOURS),
-        **_probe_attributes(labelled.train, labelled.test, chosen["train"], chosen["test"]),
+        **probe_attributes(labelled.train, labelled.test, chosen["train"], chosen["test"]),
     }
     num_clusters = len(np.unique(truth["test"]))
     clusters = measures.cluster(chosen["test"], num_clusters, seeds, KMEANS_STARTS)
@@ -144,7 +140,7 @@ def _measure(
     return measured
 
 
-def _whole_tower(path: str | Path) -> TowerSummary:
+def whole_tower(path: str | Path) -> TowerSummary:
     """Refuse what is no dual encoder, from headers alone, before anything heavy is imported."""
     summary = tower_summary(resolve_weights(path, "tower"))
     if not summary.has_text_side:
@@ -187,7 +183,7 @@ def evaluate_towers(
         raise UserError(f"batch size is {batch_size} and seeds is {num_seeds}; both must be at least 1.")
     if feature not in FEATURES:
         raise UserError(f"feature is '{feature}'; use {' or '.join(FEATURES)}.")
-    summaries = {name: _whole_tower(path) for name, path in towers.items()}
+    summaries = {name: whole_tower(path) for name, path in towers.items()}
     pairs = read_pairs(mmvp_vlm) if mmvp_vlm is not None else None
     labelled_set = read_labelled_set(labelled) if labelled is not None else None
 

@@ -25,6 +25,7 @@ from dcr_mllm.mini.world import (
     PATTERN_NAMES,
     Scene,
     contrast_scene,
+    detail_phrase,
     draw,
     random_scene,
     split_of,
@@ -152,6 +153,34 @@ def write_labelled(directory: Path, split: str, num_train: int = 3000, num_test:
         "classes": {x: x for x in labels},
     }
     (directory / "classes.json").write_text(json.dumps(classes, indent=2) + "\n")
+
+
+def write_captioned(directory: Path, split: str, num_images: int = 1000, seed: int = 0) -> None:
+    """Draw images with two captions of four details each: `images/` and `captions.json`; no two images are the same.
+
+    Nine details in one caption are more than the mini tower's text side can read.
+    """
+    rng = np.random.default_rng(1000 * _SPLIT_SEEDS[split] + 700 + seed)
+    (directory / "images").mkdir(parents=True)
+    seen: set[tuple[str, ...]] = set()
+    rows: list[dict] = []
+    while len(rows) < num_images:
+        scene = random_scene(rng, split)
+        if scene.content() in seen:
+            continue
+        seen.add(scene.content())
+        name = f"images/{len(rows):05d}.png"
+        draw(scene).save(directory / name, compress_level=1)
+        details = [detail_phrase(scene, str(attribute)) for attribute in rng.permutation(list(ATTRIBUTES))]
+        captions = [" ".join([f"a {scene.label}", *part]) for part in (details[:4], details[4:8])]
+        rows.append({"image": name, "captions": captions})
+    (directory / "captions.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def write_retrieval(directory: Path, split: str = "test") -> Path:
+    """The captioned images of a split below the directory, drawn once; returns their folder."""
+    _draw_once(directory / "retrieval", lambda folder: write_captioned(folder, split))
+    return directory / "retrieval"
 
 
 def write_benchmarks(directory: Path, split: str = "test", pairs_per_pattern: int = 100) -> Path:

@@ -86,6 +86,21 @@ def test_labelled_set_takes_its_test_part_from_the_split(tmp_path: Path):
     assert len(classes) == 96 and all(row["class"] in classes for row in rows)
 
 
+def test_captioned_images_are_all_different_and_told_in_part_by_two_captions(tmp_path: Path):
+    data.write_captioned(tmp_path / "first", "test", num_images=40)
+    data.write_captioned(tmp_path / "again", "test", num_images=40)
+    rows = json.loads((tmp_path / "first" / "captions.json").read_text())
+    assert rows == json.loads((tmp_path / "again" / "captions.json").read_text())
+    images = [(tmp_path / "first" / row["image"]).read_bytes() for row in rows]
+    assert len(set(images)) == 40 and images[9] == (tmp_path / "again" / rows[9]["image"]).read_bytes()
+    phrases = {phrase: name for name, values in world.ATTRIBUTES.items() for phrase in values.values()}
+    for first, second in (row["captions"] for row in rows):
+        told = [[name for phrase, name in phrases.items() if f" {phrase}" in text] for text in (first, second)]
+        # `with a spot` is no part of `without a spot`, but `glowing` is of `not glowing`.
+        assert [len(set(names)) for names in told] == [4, 4] and not set(told[0]) & set(told[1])
+        assert first.split()[:3] == second.split()[:3]
+
+
 def test_training_shards_are_drawn_once(tmp_path: Path):
     pattern = data.write_training_shards(tmp_path / "shards", num_images=20, num_shards=4)
     assert pattern.endswith("{00000..00003}.tar")
