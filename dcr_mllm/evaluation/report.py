@@ -101,7 +101,7 @@ def _page(
             for task, values in found.items()
         ],
         "undecodable": [
-            (name, f"{len(rows)}: " + "; ".join(f"row {row}, {problem}" for row, problem in list(rows.items())[:20]))
+            (name, f"{len(rows)}: " + "; ".join(f"{row}, {problem}" for row, problem in list(rows.items())[:20]))
             for name, rows in results["undecodable"].items()
         ],
         "provenance": _provenance(results),

@@ -51,7 +51,7 @@ def drift_plot(drifts: Mapping[str, Mapping[str, Any]]) -> str:
         axes.axvline(drift["llava_layer"], color=_INK, linewidth=0.8, linestyle=":")
     axes.set_xlabel("layer (0: embeddings); dotted: the one that LLaVA reads", color=_INK)
     axes.set_ylabel("cosine to the base tower", color=_INK)
-    return _finish(figure, axes, len(drifts))
+    return _finish(figure, axes)
 
 
 def _dots(
@@ -75,7 +75,7 @@ def _dots(
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel(caption, color=_INK)
-    return _finish(figure, axes, len(rows))
+    return _finish(figure, axes)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -87,13 +87,24 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _finish(figure: Any, axes: Any, num_models: int) -> str:
+def _finish(figure: Any, axes: Any) -> str:
     axes.tick_params(colors=_INK)
     for spine in axes.spines.values():
         spine.set_color(_INK)
-    axes.legend(frameon=False, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(num_models, 2))
+    handles, names = axes.get_legend_handles_labels()
+    names = [textwrap.fill(name, 44, break_on_hyphens=False) for name in names]
+    columns = 1 if max(map(len, names)) > 22 else min(len(names), 3)
+    axes.legend(
+        handles,
+        names,
+        frameon=False,
+        labelcolor=_INK,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=columns,
+    )
     figure.tight_layout()
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True)
+    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight")  # whole names, however long
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace(_INK, "currentColor")

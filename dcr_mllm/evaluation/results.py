@@ -74,8 +74,14 @@ def load_tasks(config: EvalConfig, tasks: TaskNames) -> Loaded:
         mllm = {name: load_task(name, config.data, Path("runs"), config.limit) for name in tasks.mllm}
         tower: dict[str, Any] = {}
         if tasks.tower:
-            from dcr_mllm.evaluation.tower_tasks import load_tower_task
+            from dcr_mllm.evaluation.mllm_data import HUB
+            from dcr_mllm.evaluation.tower import whole_tower
+            from dcr_mllm.evaluation.tower_tasks import load_tower_task, tower_of
 
+            for path in config.models.values():
+                whole_tower(tower_of(path))
+            if config.data == HUB:
+                raise UserError(f"{tasks.tower[0]} is read from a folder: give --data DIR with DIR/{tasks.tower[0]}/")
             tower = {name: load_tower_task(name, config.data, Path("runs")) for name in tasks.tower}
         if tasks.other:
             from dcr_mllm.evaluation.asking import check_loadable
@@ -151,11 +157,8 @@ def evaluate(
             for model, entries in scored.items()
         },
         "passed_through": {model: answers.other for model, answers in asked.items() if answers.other},
-        "undecodable": {
-            data.name: {str(k): problem for k, problem in data.undecodable.items()}
-            for data in loaded.mllm.values()
-            if data.undecodable
-        },
+        "undecodable": _undecodable(loaded, next(iter(scored.values()))),
+        "tower_settings": {name: entry for data in loaded.tower.values() for name, entry in data.settings.items()},
         "comparisons": comparisons,
         "packages": package_versions(),
     }
@@ -224,13 +227,17 @@ def _ask_all(
 
 
 def _measure_towers(config: EvalConfig, loaded: Loaded, scored: dict[str, dict[str, Scored]]) -> None:
-    from dcr_mllm.evaluation.tower_tasks import measure_tower_task, tower_of
+    from dcr_mllm.evaluation.tower_tasks import measure_tower_tasks, tower_of
 
-    towers = {model: tower_of(path) for model, path in config.models.items()}
-    for data in loaded.tower.values():
-        found = measure_tower_task(towers, data, batch_size=config.batch_size, device=config.device, limit=config.limit)
-        for model, entries in found.items():
-            scored[model].update(entries)
+    found = measure_tower_tasks(
+        {model: tower_of(path) for model, path in config.models.items()},
+        list(loaded.tower.values()),
+        batch_size=config.batch_size,
+        device=config.device,
+        limit=config.limit,
+    )
+    for model, entries in found.items():
+        scored[model].update(entries)
 
 
 def _summary(entry: Scored, answers: Answers | None, name: str, loaded: Loaded) -> dict[str, Any]:
@@ -242,6 +249,15 @@ def _summary(entry: Scored, answers: Answers | None, name: str, loaded: Loaded) 
         "unparsable": len(entry.unparsable),
         "lmms_eval": own,
     }
+
+
+def _undecodable(loaded: Loaded, scored: Mapping[str, Scored]) -> dict[str, dict[str, str]]:
+    """By benchmark and row or image, what could not be decoded; it is the same for every model."""
+    found = {data.name: {f"row {k}": text for k, text in data.undecodable.items()} for data in loaded.mllm.values()}
+    found |= {
+        name: dict.fromkeys(entry.undecodable, "not readable") for name, entry in scored.items() if entry.undecodable
+    }
+    return {name: rows for name, rows in found.items() if rows}
 
 
 def _write_answers(path: Path, items: list[dict[str, Any]] | None, scored: Scored) -> None:
@@ -295,5 +311,5 @@ def format_results(results: dict[str, Any]) -> str:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             lines += ["", f"{task}, {model} (lmms-eval's own score): {shown}"]
     for task, rows in results["undecodable"].items():
-        lines += ["", f"{task}: {len(rows)} images cannot be decoded and count as wrong: rows {', '.join(rows)}"]
+        lines += ["", f"{task}: {len(rows)} images cannot be decoded and count as wrong: {', '.join(rows)}"]
     return "\n".join(lines)

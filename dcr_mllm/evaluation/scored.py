@@ -51,10 +51,6 @@ class Scored:
             return self.measure_weighted(weights)
         return self.measure(weights @ self.sums)
 
-    def resample(self, weights: np.ndarray) -> Measures:
-        """Every measure in each resample; `weights` [R, N] says how often an item is in it."""
-        return self.measure(weights @ self.sums)
-
     def values(self) -> dict[str, float]:
         """Every measure on the whole test set."""
         if self.measure_weighted is not None:

@@ -91,7 +91,7 @@ def write_page(out: Path, models: tuple[str, ...]) -> None:
         },
         "differences": [f"{others[0]}: precision float32 ({first}: bfloat16)"],
         "passed_through": {first: {"gqa": {"exact_match": 0.5}, "textvqa_val": {"exact_match": 0.25}}},
-        "undecodable": {"mmvp": {"3": "image file is truncated (12 bytes not processed)"}},
+        "undecodable": {"mmvp": {"row 3": "image file is truncated (12 bytes not processed)"}},
         "scores": {
             model: {
                 task: {

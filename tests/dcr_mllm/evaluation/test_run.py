@@ -96,7 +96,7 @@ assert main([*arguments, {str(tmp_path / "cut")!r}]) == 0
     assert [item["answer"] for item in cut] == ["", *(item["answer"] for item in whole[1:])]
     assert [item.get("undecodable", False) for item in cut] == [True, False, False, False]
     results = json.loads((tmp_path / "cut" / "results.json").read_text())
-    assert list(results["undecodable"]["mmvp"]) == ["0"] and results["scores"]["base"]["mmvp"]["questions"] == 4
+    assert list(results["undecodable"]["mmvp"]) == ["row 0"] and results["scores"]["base"]["mmvp"]["questions"] == 4
 
 
 def test_every_benchmark_asks_what_its_authors_ask(tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch):
