@@ -209,9 +209,9 @@ def test_two_processes_answer_as_one(tiny_llava: Path, definitions: Path, tmp_pa
     assert [len(found[task]) for task in tasks] == [7, 1]
     assert found == ask_tasks(one)
     assert read_answers(two) == read_answers(one)
-    # The first process has documents 0, 2, 4, 6; the second 1, 3, 5, and of the other task the one document again,
-    # with which lmms-eval keeps a process busy that has none.
+    # The first process has documents 0, 2, 4, 6; the second 1, 3, 5, and of the other task document 0 again, with which
+    # lmms-eval keeps a process busy that has none: whichever of them is late may find it answered.
     kept = [rank_path(two, rank).read_text() for rank in (0, 1)]
-    assert [len(text.splitlines()) for text in kept] == [4, 4]
+    assert all(len(text.splitlines()) in (3, 4) for text in kept)
     assert ask_tasks(two) == found
     assert [rank_path(two, rank).read_text() for rank in (0, 1)] == kept
