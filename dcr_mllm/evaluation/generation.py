@@ -32,8 +32,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class _Split:
-    """A request as tokens: up to the end of its last image, and from there on."""
+class Split:
+    """A prompt as tokens: up to the end of its last image, and from there on."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -60,9 +60,9 @@ def generate_answers(
     Returns:
         One answer per request.
     """
-    split = [_split(model, processor, request) for request in requests]
+    split = [split_at_image(model, tokenize(model, processor, request.prompt)) for request in requests]
     answers = [""] * len(requests)
-    for chosen in _batches(requests, split, batch_size):
+    for chosen in batches(requests, split, batch_size):
         texts = _answer_batch(model, processor, [requests[k] for k in chosen], [split[k] for k in chosen])
         found = dict(zip(chosen, texts, strict=True))
         for position, text in found.items():
@@ -71,20 +71,22 @@ def generate_answers(
     return answers
 
 
-def _split(model: Any, processor: Any, request: Request) -> _Split:
+def tokenize(model: Any, processor: Any, text: str) -> list[int]:
+    """Tokens of a prompt, with as many for each image as the model sees; its pixels are prepared once per batch."""
+    vision = model.config.vision_config
+    count = (vision.image_size // vision.patch_size) ** 2
     image_id = model.config.image_token_id
-    text = request.prompt
-    if request.images:
-        # The processor counts an image's tokens; its pixels are prepared once per batch.
-        vision = model.config.vision_config
-        count = (vision.image_size // vision.patch_size) ** 2
-        text = text.replace(processor.image_token, processor.image_token * count)
     ids = processor.tokenizer(text).input_ids
-    end = max((k for k, token in enumerate(ids) if token == image_id), default=-1) + 1
-    return _Split(tuple(ids[:end]), tuple(ids[end:]))
+    return [token for found in ids for token in [found] * (count if found == image_id else 1)]
 
 
-def _batches(requests: Sequence[Request], split: Sequence[_Split], batch_size: int) -> Iterator[list[int]]:
+def split_at_image(model: Any, ids: Sequence[int]) -> Split:
+    """Cut behind the last image; the first part is empty without one."""
+    end = max((k for k, token in enumerate(ids) if token == model.config.image_token_id), default=-1) + 1
+    return Split(tuple(ids[:end]), tuple(ids[end:]))
+
+
+def batches(requests: Sequence[Request], split: Sequence[Split], batch_size: int) -> Iterator[list[int]]:
     """Positions of requests that go together: prefixes of one length, same images beside each other."""
 
     def order(position: int) -> tuple:
@@ -100,20 +102,19 @@ def _batches(requests: Sequence[Request], split: Sequence[_Split], batch_size: i
         yield batch
 
 
-def _answer_batch(model: Any, processor: Any, requests: Sequence[Request], split: Sequence[_Split]) -> list[str]:
-    cache, prefix_length = _prefill(model, processor, requests, split)
-    ids, mask = _left_padded([part.suffix for part in split], model.device)
+def _answer_batch(model: Any, processor: Any, requests: Sequence[Request], split: Sequence[Split]) -> list[str]:
+    cache, prefix_length = prefill(model, processor, requests, split)
+    ids, mask = left_padded([part.suffix for part in split], model.device)
     mask = torch.cat([mask.new_ones(len(split), prefix_length), mask], dim=1)
     ends = _end_tokens(model, model.device)
     most = torch.tensor([request.max_new_tokens for request in requests], device=model.device)
     finished = most <= 0
     generated: list[Tensor] = []
     while not bool(finished.all()):
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         outputs = model(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=positions(mask, ids.shape[1]),
             cache=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -127,7 +128,7 @@ def _answer_batch(model: Any, processor: Any, requests: Sequence[Request], split
     return [processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in columns]
 
 
-def _prefill(model: Any, processor: Any, requests: Sequence[Request], split: Sequence[_Split]) -> tuple[Any, int]:
+def prefill(model: Any, processor: Any, requests: Sequence[Request], split: Sequence[Split]) -> tuple[Any, int]:
     """Keys and values of each request's prefix [B, ...], run once per distinct prefix and image; and its length."""
     from transformers import DynamicCache
 
@@ -149,7 +150,7 @@ def _prefill(model: Any, processor: Any, requests: Sequence[Request], split: Seq
     return cache, length
 
 
-def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids [B, L] with zeros on the left, and the mask of what is no padding."""
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -158,6 +159,11 @@ def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[T
         ids[index, longest - len(row) :] = torch.tensor(row)
         mask[index, longest - len(row) :] = 1
     return ids.to(device), mask.to(device)
+
+
+def positions(mask: Tensor, count: int) -> Tensor:
+    """Position ids [B, count] of the last tokens under a left-padded mask [B, L]."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -count:]
 
 
 def _end_tokens(model: Any, device: torch.device) -> Tensor:

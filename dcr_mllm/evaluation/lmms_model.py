@@ -1,15 +1,20 @@
 """LLaVA for lmms-eval: `lmms-eval --model dcr_llava --model_args pretrained=DIR` works by itself.
 
 Its own template, image code and processor; batches with one prefill per image; CPU and CUDA; an error is raised where
-lmms-eval's own LLaVA turns it into an empty answer.
+lmms-eval's own LLaVA turns it into an empty answer. Of several processes (`torchrun`, `accelerate launch`) lmms-eval
+asks each for its share of the questions, and gives the first one all answers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +22,17 @@ import torch
 
 from dcr_mllm.errors import UserError
 from dcr_mllm.evaluation.generation import Request, generate_answers
+from dcr_mllm.evaluation.likelihood import option_log_probabilities
 from dcr_mllm.evaluation.pillow import kept_strict
 from dcr_mllm.llava import load_llava, load_processor
+from dcr_mllm.log import rank
 
 with kept_strict():
     from lmms_eval.api.model import lmms
     from lmms_eval.models.registry_v2 import ModelManifest
+
+# A question as it is asked: freely, or with the options that it may be answered with.
+Question = tuple[Request, tuple[str, ...] | None]
 
 MANIFEST = ModelManifest("dcr_llava", chat_class_path="dcr_mllm.evaluation.lmms_model.DcrLlava")
 
@@ -36,6 +46,9 @@ class DcrLlava(lmms):
         device: `auto`, `cpu` or `cuda`, the last by local rank where several processes share a run.
         dtype: Of the weights; `auto` keeps the stored one on CUDA and takes float32 on the CPU.
         answers: JSONL file of answers that this model has given to these questions; it is added to after every batch.
+            Further processes add to files of their own beside it, see `rank_path`.
+        options: Gives a document's options by lmms-eval's task name and document number, or None; such a question is
+            answered with the likeliest of them, the first of equals, and not in the model's own words.
     """
 
     is_simple = False
@@ -47,12 +60,15 @@ class DcrLlava(lmms):
         device: str | None = "auto",
         dtype: str = "auto",
         answers: str | Path | None = None,
+        options: Callable[[str, int], Sequence[str] | None] | None = None,
     ) -> None:
         super().__init__()
-        from accelerate import PartialState
+        from accelerate import Accelerator, PartialState
 
-        state = PartialState(cpu=device == "cpu")
-        self.accelerator = state
+        # Without a GPU accelerate connects processes only if it is told that there is none. A process that is done
+        # waits for the others, and NCCL gives up after ten minutes where lmms-eval means to wait a day.
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
+        self.accelerator = Accelerator()  # on that state: lmms-eval gathers and waits with it
         self._rank, self._world_size = state.process_index, state.num_processes
         self.device = torch.device("cpu") if device == "cpu" else state.device
         self.batch_size = int(batch_size)
@@ -62,6 +78,7 @@ class DcrLlava(lmms):
         model: Any = load_llava(Path(pretrained), dtype)
         self.model = model.to(self.device)
         self.answers = None if answers is None else Path(answers)
+        self.options = options
 
     def clean(self) -> None:
         """Keeps the weights, which lmms-eval would drop after every task: whoever made the model lets go of it."""
@@ -71,35 +88,68 @@ class DcrLlava(lmms):
         return str(self.processor.tokenizer.name_or_path)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Greedy answers to lmms-eval's chat requests, cut at their stop strings.
+        """Answers to lmms-eval's chat requests: greedy and cut at their stop strings, or one of their options.
 
         Raises:
             UserError: A task asks for sampling or beams, or shows a video.
         """
         shown: dict[str, tuple[Any, ...]] = {}  # one copy of each image: POPE asks eighteen questions on every one
-        prepared = []
+        questions: list[Question] = []
         for instance in requests:
             request = self._request(*instance.args)
-            prepared.append(replace(request, images=shown.setdefault(request.image_key, request.images)))
-        answers = self._answer(prepared)
-        return [_cut(answer, instance.args[2].get("until")) for answer, instance in zip(answers, requests, strict=True)]
+            request = replace(request, images=shown.setdefault(request.image_key, request.images))
+            _, _, _, doc_id, task, _ = instance.args
+            options = None if self.options is None else self.options(task, doc_id)
+            questions.append((request, None if options is None else tuple(options)))
+        return [
+            answer if options is not None else _cut(answer, instance.args[2].get("until"))
+            for answer, (_, options), instance in zip(self._answer(questions), questions, requests, strict=True)
+        ]
 
-    def _answer(self, requests: Sequence[Request]) -> list[str]:
+    def _answer(self, questions: Sequence[Question]) -> list[str]:
         """Asks every distinct question once: POPE repeats its positive ones in all three categories."""
         known = {} if self.answers is None else read_answers(self.answers)
-        keys = [request_key(request) for request in requests]
-        asked = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
-        order = list(asked)
+        own = None if self.answers is None else rank_path(self.answers, rank())
+        if own is not None:
+            cut_half_line(own)
+        keys = [request_key(*question) for question in questions]
+        asked = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
 
-        def keep(found: dict[int, str]) -> None:
+        def keep(order: Sequence[str], found: dict[int, str]) -> None:
             new = {order[position]: answer for position, answer in found.items()}
             known.update(new)
-            if self.answers is not None:
-                with self.answers.open("a", encoding="utf-8") as file:
+            if own is not None:
+                with own.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in new.items())
 
-        generate_answers(self.model, self.processor, list(asked.values()), batch_size=self.batch_size, on_answers=keep)
+        free = {key: request for key, (request, options) in asked.items() if options is None}
+        closed = {key: (request, options) for key, (request, options) in asked.items() if options is not None}
+        generate_answers(
+            self.model,
+            self.processor,
+            list(free.values()),
+            batch_size=self.batch_size,
+            on_answers=partial(keep, list(free)),
+        )
+        self._choose(list(closed.values()), partial(keep, list(closed)))
         return [known[key] for key in keys]
+
+    def _choose(
+        self, questions: Sequence[tuple[Request, tuple[str, ...]]], keep: Callable[[dict[int, str]], None]
+    ) -> None:
+        """The likeliest option of each question, the first of equals."""
+
+        def choose(scores: dict[int, list[float]]) -> None:
+            keep({position: questions[position][1][row.index(max(row))] for position, row in scores.items()})
+
+        option_log_probabilities(
+            self.model,
+            self.processor,
+            [request for request, _ in questions],
+            [options for _, options in questions],
+            batch_size=self.batch_size,
+            on_scores=choose,
+        )
 
     def _request(
         self, _context: str, doc_to_messages: Any, settings: dict[str, Any], doc_id: int, task: str, split: str
@@ -122,28 +172,48 @@ class DcrLlava(lmms):
         )
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        raise UserError("dcr_llava generates answers; tasks that compare likelihoods are not supported")
+        # lmms-eval (0.7) itself stops at such a task before it gets here: it builds no likelihood requests for models
+        # that take messages.
+        raise UserError("lmms-eval asks models that take messages for answers only; likelihood tasks are not supported")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise UserError("dcr_llava answers single questions; tasks of several rounds are not supported")
 
 
-def request_key(request: Request) -> str:
-    """A hash of prompt, images and settings: what an answer of one model depends on."""
-    text = json.dumps([request.prompt, request.image_key, request.max_new_tokens])
+def request_key(request: Request, options: Sequence[str] | None = None) -> str:
+    """A hash of prompt, images, settings and options: what an answer of one model depends on."""
+    content = [request.prompt, request.image_key, request.max_new_tokens]
+    text = json.dumps(content if options is None else [*content, list(options)])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def rank_path(path: Path, rank: int) -> Path:
+    """Where a process keeps its answers: `NAME.jsonl` for the first one, `NAME.rank1.jsonl` for the second."""
+    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}") if rank else path
+
+
 def read_answers(path: Path) -> dict[str, str]:
-    """Answers by request; a last line that a killed run left half written is cut off."""
-    if not path.is_file():
+    """Answers by request, from the files of all processes, however many there were.
+
+    A last line may be half written: its process was killed, or is writing it.
+    """
+    if not path.parent.is_dir():
         return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    records = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-    return {record["key"]: record["answer"] for record in records}
+    name = re.compile(rf"{re.escape(path.stem)}(\.rank\d+)?{re.escape(path.suffix)}")
+    found = {}
+    for file in sorted(file for file in path.parent.iterdir() if name.fullmatch(file.name)):
+        content = file.read_bytes()
+        for line in content[: content.rfind(b"\n") + 1].decode("utf-8").splitlines():
+            record = json.loads(line)
+            found[record["key"]] = record["answer"]
+    return found
+
+
+def cut_half_line(path: Path) -> None:
+    """Take off what a killed run has left of a last line; only for the process that writes to the file."""
+    if path.is_file():
+        # Not written anew: another process may be reading.
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def image_key(images: Sequence[Any]) -> str:
