@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 _INK = "#010203"  # replaced by the page's text colour
-COLOURS = ("#b8912b", "#2f83c9", "#3f9c63", "#b25fb0", "#c25b4c")
+COLOURS = ("#9a7416", "#2f83c9", "#3f9c63", "#b25fb0", "#c25b4c")
 
 
 def pattern_plot(patterns: Sequence[str], units: Mapping[str, np.ndarray]) -> str:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -195,7 +196,8 @@ def _ask_all(
     from dcr_mllm.evaluation.lmms_tasks import lmms_name, write_task
     from dcr_mllm.evaluation.mllm_tasks import TASKS
 
-    processes = PartialState(cpu=config.device == "cpu")
+    # As the model does it: a process that is done waits for the others, longer than NCCL's ten minutes.
+    processes = PartialState(cpu=config.device == "cpu", timeout=timedelta(days=1))
     definitions = out / "tasks"
     if processes.is_main_process:
         for model, entry in conditions.items():
@@ -218,7 +220,7 @@ def _ask_all(
             batch_size=config.batch_size,
             device=config.device,
             answers=out / "raw" / f"{model}.jsonl",
-            **({"options": options} if config.scoring == "likelihood" else {}),
+            options=options if config.scoring == "likelihood" else None,
         )
         answers = ask(llava, loaded.mllm, definitions, tasks.other, config.limit)
         if answers is not None:

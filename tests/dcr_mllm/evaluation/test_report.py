@@ -112,7 +112,7 @@ def test_flipped_pairs_are_shown_with_both_images(page: str):
     assert gained.count("<img ") == 18 and lost.count("<img ") == 2
     assert "What about 5?" in gained and "What about 3?" not in page
     assert "What about 1?" in lost and "What about 2?" in lost
-    assert gained.count('class="right">new: ') == 18 and lost.count('class="right">old: ') == 2
+    assert gained.count('class="right">✓ new: ') == 18 and lost.count('class="right">✓ old: ') == 2
 
 
 def test_answers_of_a_model_are_text_and_nothing_else(page: str):
@@ -134,3 +134,19 @@ def test_without_patterns_there_is_no_plot(tmp_path: Path):
     page = write(tmp_path, {1}, {1}, patterns=None)
     assert "<svg" not in page and "pairs by pattern" not in page
     assert "0 pairs" in page and "no difference detected" in page
+
+
+def test_markdown_says_the_same(tmp_path: Path):
+    write(tmp_path, {1, 2}, {2, *range(3, 12)})
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# new against old\n\nDrawn benchmarks")
+    assert "**mini-mmvp: better**\n\nnew 83.3, old 16.7 (pair accuracy): +66.7 points" in text
+    assert "One training run each: training variance not measured.\n" in text
+    table = text.split("## mini-mmvp\n\n")[1].split("\n\n")[0].splitlines()
+    assert table[0] == "| 24 questions | old | new | new − old | 95 % interval |"
+    assert set(table[1]) == {"|", "-"} and table[2].startswith("| **pair accuracy** | 16.7 | 83.3 | +66.7 |")
+    assert {line.count("|") for line in table} == {6}
+    assert "lmms-eval's own score, new: mmvp accuracy 0.5." in text
+    assert "## mini-mmvp: Lost by new\n\n1 pair." in text and "; ✓ old `A`, ✗ new" in text
+    assert "## Passed through: scored by lmms-eval alone\n\ngqa, old: exact match 0.25" in text
+    assert "\n\n\n" not in text and "| data | mini |" in text

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dcr_mllm.conversation import TEMPLATES, Turn, prompt
@@ -25,6 +26,7 @@ from dcr_mllm.llava import load_llava, load_processor
 from tests.benchmarks import ROWS, prompt_of, write_copy_of
 
 ROOT = Path(__file__).parents[3]
+MMVP_QUESTION = "Is it red?\nA. left\nB. it is right\nAnswer with the option's letter from the given choices directly."
 
 
 def write_mmvp(directory: Path, num_pairs: int = 5, index_name: str = "lndex") -> Path:
@@ -129,6 +131,48 @@ def test_every_benchmark_asks_what_its_authors_ask(tmp_path: Path, tiny_llava: P
         assert (own is None) == (task in ("naturalbench", "hallusion_bench_image"))
 
 
+def test_options_are_chosen_by_likelihood(tmp_path: Path, two_llavas: list[Path]):
+    """The chosen letter is the one that a whole pass finds likeliest after the prompt."""
+    data = write_mmvp(tmp_path)
+    arguments = ["--tasks", "mmvp", "--models", str(two_llavas[0]), "--data", str(data), "--limit", "6"]
+    assert main([*arguments, "--scoring", "likelihood", "--out", str(tmp_path / "out")]) == 0
+    said = [
+        json.loads(line)["answer"]
+        for line in (tmp_path / "out" / "answers" / "base" / "mmvp.jsonl").read_text().splitlines()
+    ]
+    model, processor = load_llava(two_llavas[0]).float(), load_processor(two_llavas[0])
+    text = prompt(TEMPLATES["vicuna_v1"], [Turn("user", f"<image>\n{MMVP_QUESTION}")])
+    for index, letter in enumerate(said, start=1):
+        image = Image.open(data / "mmvp" / "MMVP Images" / f"{index}.jpg")
+        scores = []
+        for option in ("A", "B"):
+            inputs = processor(images=image, text=f"{text} {option}", return_tensors="pt")
+            tail = len(processor.tokenizer(f"{text} {option}").input_ids) - len(processor.tokenizer(text).input_ids)
+            with torch.no_grad():
+                logits = model(**inputs).logits[0, -tail - 1 : -1].log_softmax(dim=-1)
+            scores.append(float(logits.gather(1, inputs.input_ids[0, -tail:, None]).sum()))
+        assert letter == "AB"[scores.index(max(scores))]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["decoding"] == "the likeliest option" and results["scores"]["base"]["mmvp"]["unparsable"] == 0
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(tmp_path: Path, two_llavas: list[Path]):
+    data = write_mmvp(tmp_path)
+    arguments = ["--tasks", "mmvp", "--models", *map(str, two_llavas), "--data", str(data), "--batch-size", "3"]
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "eval/run.py"]
+    done = subprocess.run(
+        [*command, *arguments, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=280, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "two" / "raw" / "base.rank1.jsonl").is_file()
+    for name in ("results.json", "answers/base/mmvp.jsonl", "answers/new/mmvp.jsonl"):
+        one, two = ((tmp_path / run / name).read_text() for run in ("one", "two"))
+        assert one.replace("/one", "/two").replace('"one"', '"two"') == two
+    assert done.stdout.count("new against base, mmvp") == 1
+
+
 def test_training_runs_are_grouped(tmp_path: Path, two_llavas: list[Path], capsys: pytest.CaptureFixture[str]):
     data, (base, new) = write_mmvp(tmp_path), two_llavas
     arguments = ["--tasks", "mmvp", "--data", str(data), "--out", str(tmp_path / "out"), "--models"]
@@ -202,9 +246,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, two_llavas: list[Path
 def generated(path: Path, data: Path, count: int) -> list[str]:
     """Answers to the same questions by `generate`, one by one, from prompts written out."""
     model, processor = load_llava(path).float(), load_processor(path)
-    text = (
-        "<image>\nIs it red?\nA. left\nB. it is right\nAnswer with the option's letter from the given choices directly."
-    )
+    text = f"<image>\n{MMVP_QUESTION}"
     answers = []
     for index in range(1, count + 1):
         image = Image.open(data / "mmvp" / "MMVP Images" / f"{index}.jpg")
