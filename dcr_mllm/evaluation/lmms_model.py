@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from dcr_mllm.errors import UserError
 from dcr_mllm.evaluation.generation import Request, generate_answers
@@ -115,9 +116,12 @@ class DcrLlava(lmms):
         keys = [request_key(*question) for question in questions]
         asked = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
 
+        progress = tqdm(total=len(asked), desc="questions", unit="", disable=rank() > 0 or not asked)
+
         def keep(order: Sequence[str], found: dict[int, str]) -> None:
             new = {order[position]: answer for position, answer in found.items()}
             known.update(new)
+            progress.update(len(new))
             if own is not None:
                 with own.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in new.items())
@@ -132,6 +136,7 @@ class DcrLlava(lmms):
             on_answers=partial(keep, list(free)),
         )
         self._choose(list(closed.values()), partial(keep, list(closed)))
+        progress.close()
         return [known[key] for key in keys]
 
     def _choose(

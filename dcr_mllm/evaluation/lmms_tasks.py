@@ -57,6 +57,16 @@ def write_task(data: TaskData, directory: Path, final: Path) -> None:
     (directory / f"{definition['task']}.yaml").write_text(yaml.safe_dump(definition))
 
 
+def write_drawn_rows(data: TaskData, runs_dir: Path) -> None:
+    """Put a drawn benchmark's rows where `eval/tasks/` looks for them, unless they are there."""
+    path = runs_dir / "mini-data" / "test" / "lmms" / f"{data.task}.parquet"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        _write_rows(data, partial)
+        partial.replace(path)
+
+
 def _write_rows(data: TaskData, path: Path) -> None:
     """Parquet with the images as they are in the table: those in files as paths, so that nothing is copied."""
     import pyarrow.parquet as parquet

@@ -69,10 +69,14 @@ def load_tasks(config: EvalConfig, tasks: TaskNames) -> Loaded:
     Raises:
         UserError: Data are missing or incomplete.
     """
-    from dcr_mllm.evaluation.mllm_data import load_task
+    from dcr_mllm.evaluation.lmms_tasks import write_drawn_rows
+    from dcr_mllm.evaluation.mllm_data import MINI, load_task
 
     with _one_voice():
         mllm = {name: load_task(name, config.data, Path("runs"), config.limit) for name in tasks.mllm}
+        if config.data == MINI and config.limit is None and _is_first():
+            for data in mllm.values():
+                write_drawn_rows(data, Path("runs"))
         tower: dict[str, Any] = {}
         if tasks.tower:
             from dcr_mllm.evaluation.mllm_data import HUB

@@ -60,3 +60,27 @@ def test_judge_in_the_code_that_a_task_names(tmp_path: Path):
 def test_names_do_not_clash_with_those_of_lmms_eval():
     assert lmms_name("mini-mmvp") == "dcr_mini_mmvp"
     assert not {lmms_name(name) for name in TASKS} & set(lmms_tasks._files_by_task())
+
+
+def test_drawn_benchmarks_are_registered_for_lmms_evals_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`lmms-eval --include_path eval/tasks --tasks mini_mmvp,mini_pope`, from the repository's folder."""
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    from dcr_mllm.evaluation.mllm_data import load_task
+    from dcr_mllm.mini.data import write_mmvp
+    from dcr_mllm.mini.groups import write_pope
+
+    monkeypatch.chdir(tmp_path)
+    drawn = Path("runs", "mini-data", "test")
+    write_mmvp(drawn / "mmvp", "test", 1)
+    write_pope(drawn / "pope", num_images=2)
+    for name in ("mmvp", "pope"):
+        lmms_tasks.write_drawn_rows(load_task(name, str(drawn), Path("runs")), Path("runs"))
+    folder = Path(__file__).parents[3] / "eval" / "tasks"
+    tasks = get_task_dict(["mini_mmvp", "mini_pope"], TaskManager(include_path=str(folder), include_defaults=False))
+    row = tasks["mini_mmvp"].dataset["test"][0]
+    assert row["image"].size == (48, 48) and row["Index"] == 1
+    question = tasks["mini_mmvp"].doc_to_text(row)
+    assert question.startswith(row["Question"]) and question.endswith("from the given choices directly.")
+    assert len(tasks["mini_pope"].dataset["test"]) == 36
+    assert tasks["mini_pope"].doc_to_visual(tasks["mini_pope"].dataset["test"][5])[0].mode == "RGB"
