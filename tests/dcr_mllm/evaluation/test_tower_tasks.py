@@ -217,12 +217,14 @@ def test_a_limit_chooses_at_random_and_keeps_pairs(runs: Path, tiny_clip: Path):
     assert len([name for name in found["mini-mmvp_vlm"].values() if name.startswith("accuracy_")]) > 4
 
 
-def test_mmvp_vlm_lies_directly_in_its_folder(tiny_clip: Path, tmp_path: Path, write_pairs):
+def test_mmvp_vlm_lies_directly_in_its_folder(tiny_clip: Path, tmp_path: Path, write_pairs, monkeypatch):
+    # A tower that gets every pair right, so that only the damage makes one wrong.
+    monkeypatch.setattr("dcr_mllm.evaluation.tower_tasks.score_pairs", lambda logits: np.ones(len(logits), dtype=bool))
     write_pairs(tmp_path / "mmvp_vlm", 2)
     (tmp_path / "mmvp_vlm" / "MLLM_VLM Images" / "Texts" / "29.jpg").write_bytes(b"no image")
     task = load_tower_task("mmvp_vlm", str(tmp_path), tmp_path)
     scored = measure_tower_task({"clip": tiny_clip}, task, batch_size=8, device="cpu")["clip"]["mmvp_vlm"]
-    assert len(scored.right) == 18 and not scored.right[14] and len(scored.undecodable) == 1
+    assert np.flatnonzero(~scored.right).tolist() == [14] and len(scored.undecodable) == 1
     assert task.settings["mmvp_vlm"]["num_pairs"] == 18 and task.name == "mmvp_vlm"
 
 
