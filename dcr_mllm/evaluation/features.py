@@ -184,7 +184,7 @@ class DualEncoder:
         row = {text: index for index, text in enumerate(unique)}
         return np.concatenate(embeddings)[[row[text] for text in texts]]
 
-    def _pixel_batches(self, files: Sequence[Picture], unreadable: list[int] | None) -> Iterator[Tensor]:
+    def _pixel_batches(self, files: Sequence[Picture], unreadable: list[int] | None = None) -> Iterator[Tensor]:
         for start in range(0, len(files), self.batch_size):
             images = []
             for position, file in enumerate(files[start : start + self.batch_size], start=start):

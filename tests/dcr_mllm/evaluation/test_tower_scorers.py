@@ -143,7 +143,8 @@ def test_clustering_against_sklearn():
 def test_images_count_as_right_where_most_seeds_put_them_to_their_class():
     truth = np.array([0, 0, 0, 1, 1, 1])
     assignments = np.array([[0, 0, 0, 1, 1, 1], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 1]])
-    assert list(score_clustering(truth, assignments).right) == [True, True, True, True, True, True]
+    assert list(score_clustering(truth, assignments[::-1]).right) == [True, True, True, True, True, True]
+    assert score_clustering(np.array([0, 1, 2, 2]), np.array([[1, 2, 0, 0]])).right.all()
     assert list(score_clustering(truth, assignments[1:2]).right) == [True, True, False, True, True, True]
 
 
