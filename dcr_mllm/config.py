@@ -130,13 +130,16 @@ def differences(a: Any, b: Any) -> list[str]:
     """What changes from one config to another, e.g. `["tower_steps: 500 -> 600"]`.
 
     Args:
-        a: config dataclass or the mapping that `to_dict` gives; the same for `b`.
+        a: config dataclass or the mapping that `to_dict` gives; the same for `b`. A key that only one has and that is
+            None there is no difference: it was added to the config since, and is not used.
     """
     left, right = _flatten(a), _flatten(b)
     missing = object()
     lines = []
     for key in [*left, *(key for key in right if key not in left)]:
         old, new = left.get(key, missing), right.get(key, missing)
+        if (old is None and new is missing) or (old is missing and new is None):
+            continue
         if old != new or type(old) is not type(new):
             shown = ["(absent)" if value is missing else _show(value) for value in (old, new)]
             lines.append(f"{key}: {shown[0]} -> {shown[1]}")

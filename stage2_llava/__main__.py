@@ -135,7 +135,9 @@ def _ask_heldout(config: Stage2Config, launch: Launch, run: Run, results: dict[s
         folder = mini_data(config)
         data, images = str(folder / "heldout.json"), str(folder)
     llavas = {name: Path(result["llava"]) for name, result in results["llavas"].items()}
-    return evaluate_heldout(llavas, data, images, run.path / "heldout.json", device=launch.device)
+    return evaluate_heldout(
+        llavas, data, images, run.path / "heldout.json", device=launch.device, limit=config.heldout_limit
+    )
 
 
 def _print_results(results: dict[str, Any]) -> None:

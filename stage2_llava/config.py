@@ -122,6 +122,8 @@ class Stage2Config:
     heldout: str | None = None
     """Closed single-turn questions (LLaVA JSON, or `mini`) that every LLaVA answers at the end, seeing and blind."""
     heldout_images: str | None = None
+    heldout_limit: int | None = None
+    """At most so many of them, drawn at random."""
     """Where their image names are looked up."""
 
     # How it runs

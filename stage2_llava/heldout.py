@@ -29,7 +29,13 @@ _BATCH = 64
 
 @torch.inference_mode()
 def answered_right(
-    model: Any, processor: Any, template: Template, questions: Instructions, *, blind: bool
+    model: Any,
+    processor: Any,
+    template: Template,
+    questions: Instructions,
+    *,
+    blind: bool,
+    chosen: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Which questions greedy decoding answers exactly, bool [N].
 
@@ -42,6 +48,7 @@ def answered_right(
         template: Its own.
         questions: One question and answer each, with one image.
         blind: Replace every image by noise.
+        chosen: Positions of the N questions; None takes all.
     """
     from PIL import Image
 
@@ -50,9 +57,10 @@ def answered_right(
     collate = Collator(processor.tokenizer.pad_token_id, torch.zeros(3, vision.image_size, vision.image_size))
     rng = np.random.default_rng(0)
     right: list[bool] = []
-    for start in range(0, len(questions), _BATCH):
+    chosen = range(len(questions)) if chosen is None else chosen
+    for start in range(0, len(chosen), _BATCH):
         items = []
-        for index in range(start, min(start + _BATCH, len(questions))):
+        for index in chosen[start : start + _BATCH]:
             sample = questions[index]
             encoded = encode(sample.turns, template, processor.tokenizer, image_tokens=tokens, where=sample.where)
             images = [questions.open_image(sample, name) for name in sample.images]
@@ -74,7 +82,13 @@ def answered_right(
 
 
 def evaluate_heldout(
-    llavas: dict[str, Path], data: str, images: str | None, out: Path, *, device: str = "cpu"
+    llavas: dict[str, Path],
+    data: str,
+    images: str | None,
+    out: Path,
+    *,
+    device: str = "cpu",
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Ask every LLaVA every question, seeing and blind, and write `out` with a record per question.
 
@@ -84,21 +98,23 @@ def evaluate_heldout(
         images: Where image names are looked up.
         out: JSON file to write.
         device: Where the models run.
+        limit: At most so many questions, drawn at random, the same for every LLaVA.
 
     Returns:
         Per LLaVA: accuracy seeing and blind in percent and McNemar's test between them; for all but the first also the
         test against the first.
     """
     questions = load_instructions(data, images)
+    chosen = sorted(np.random.default_rng(0).permutation(len(questions))[:limit].tolist())
     seen: dict[str, np.ndarray] = {}
-    result: dict[str, Any] = {"questions": len(questions), "llavas": {}}
+    result: dict[str, Any] = {"questions": len(chosen), "llavas": {}}
     for name, path in llavas.items():
         model, processor = load_llava(path).to(device), load_processor(path)
         if device == "cpu":
             model = model.float()
         template = template_of(processor, "auto")
-        seen[name] = answered_right(model, processor, template, questions, blind=False)
-        blind = answered_right(model, processor, template, questions, blind=True)
+        seen[name] = answered_right(model, processor, template, questions, blind=False, chosen=chosen)
+        blind = answered_right(model, processor, template, questions, blind=True, chosen=chosen)
         entry = {
             "accuracy": 100 * float(seen[name].mean()),
             "blind": 100 * float(blind.mean()),
@@ -107,20 +123,22 @@ def evaluate_heldout(
         first = next(iter(seen))
         if name != first:
             entry["against_" + first] = mcnemar_exact(seen[first], seen[name])
-        entry["by"] = _by_key(data, seen[name])
+        entry["by"] = _by_key(data, seen[name], chosen)
         result["llavas"][name] = entry
     records = [
-        {"id": questions[k].id, **{name: bool(right[k]) for name, right in seen.items()}} for k in range(len(questions))
+        {"id": questions[k].id, **{name: bool(right[row]) for name, right in seen.items()}}
+        for row, k in enumerate(chosen)
     ]
     write_json_atomic(out, {**result, "records": records})
     return result
 
 
-def _by_key(data: str, right: np.ndarray) -> dict[str, dict[str, float]]:
+def _by_key(data: str, right: np.ndarray, chosen: Sequence[int]) -> dict[str, dict[str, float]]:
     """Accuracy in percent by the values of `attribute` and `form`, where the questions have them."""
     if not data.endswith(".json"):
         return {}
-    records = json.loads(Path(data).read_text(encoding="utf-8"))
+    everything = json.loads(Path(data).read_text(encoding="utf-8"))
+    records = [everything[k] for k in chosen]
     found: dict[str, dict[str, float]] = {}
     for key in ("attribute", "form"):
         values = [record.get(key) for record in records]

@@ -149,8 +149,8 @@ def evaluate(
         }
         for group in others
     }
-    for entries in comparisons.values():
-        add_verdicts(entries)
+    for compared in comparisons.values():
+        add_verdicts(compared)
     results = {
         "version": RESULTS_VERSION,
         "config": dataclasses.asdict(config),

@@ -120,10 +120,10 @@ def test_report_counts_and_compares(questions: Path, tiny_llava: Path, tmp_path:
     answers = {"first": np.arange(10) < 4, "second": np.arange(10) < 9}
     calls: list[tuple[str, bool]] = []
 
-    def fake(model: Any, processor: Any, template: Any, questions: Any, *, blind: bool) -> np.ndarray:
+    def fake(model: Any, processor: Any, template: Any, questions: Any, *, blind: bool, chosen: list) -> np.ndarray:
         name = list(answers)[len(calls) // 2]
         calls.append((name, blind))
-        return np.zeros(10, dtype=bool) if blind else answers[name]
+        return np.zeros(len(chosen), dtype=bool) if blind else answers[name][chosen]
 
     monkeypatch.setattr(heldout, "answered_right", fake)
     llavas = {"first": tiny_llava, "second": tiny_llava}
@@ -135,6 +135,19 @@ def test_report_counts_and_compares(questions: Path, tiny_llava: Path, tmp_path:
     assert second["by"]["attribute"] == {"x": 100, "y": 80}
     assert len(json.loads((tmp_path / "out.json").read_text())["records"]) == 10
     assert "second against first: +50.0 points, 5 gained and 0 lost" in format_heldout(result)
+
+
+def test_only_so_many_questions_are_asked(questions: Path, tiny_llava: Path, tmp_path: Path):
+    """The same ones of every LLaVA, each with its own record and kind."""
+    everything = evaluate_heldout({"a": tiny_llava}, str(questions / "heldout.json"), str(questions), tmp_path / "all")
+    llavas = {"a": tiny_llava, "b": tiny_llava}
+    some = evaluate_heldout(llavas, str(questions / "heldout.json"), str(questions), tmp_path / "some", limit=4)
+    assert some["questions"] == 4 and everything["questions"] == 10
+    whole = {record["id"]: record["a"] for record in json.loads((tmp_path / "all").read_text())["records"]}
+    records = json.loads((tmp_path / "some").read_text())["records"]
+    assert len({record["id"] for record in records}) == 4
+    assert all(record["a"] == record["b"] == whole[record["id"]] for record in records)
+    assert some["llavas"]["a"]["accuracy"] == 25 * sum(record["a"] for record in records)
 
 
 def test_chat_is_generation_from_the_saved_template(questions: Path, tiny_llava: Path):
