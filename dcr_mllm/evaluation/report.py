@@ -16,7 +16,7 @@ import numpy as np
 from dcr_mllm.evaluation import table
 from dcr_mllm.evaluation.galleries import flipped_pairs
 from dcr_mllm.evaluation.published import backbone_of, published_rows
-from dcr_mllm.evaluation.report_plots import category_plot, drift_plot, pattern_plot
+from dcr_mllm.evaluation.report_plots import drift_plot, interval_plot, pattern_plot
 from dcr_mllm.evaluation.scored import Scored
 from dcr_mllm.evaluation.scorers import POPE_CATEGORIES, SCORERS
 from dcr_mllm.evaluation.statistics import Resampler, interval
@@ -184,22 +184,30 @@ def _plots(tasks: Mapping[str, TaskData], scored: Mapping[str, dict[str, Scored]
         if task == "mmvp" and all(patterns) and units:
             plots.append((f"{data.name}: pairs by pattern", Markup(pattern_plot(patterns, units))))
         if task == "pope":
-            found = [name for name in POPE_CATEGORIES if f"f1_{name}" in next(iter(runs.values())).values()]
-            f1 = {model: [_with_interval(entry, f"f1_{name}") for name in found] for model, entry in runs.items()}
-            plots.append((f"{data.name}: F1 by category", Markup(category_plot(found, f1))))
+            found = [f"f1_{name}" for name in POPE_CATEGORIES if f"f1_{name}" in next(iter(runs.values())).values()]
+            plots.append((f"{data.name}: F1 by category", _interval_plot(runs, found, "F1, %, 95 % intervals")))
     for name in {name for entries in scored.values() for name in entries if name.endswith("mmvp_vlm")}:
-        entries = {model: found[name] for model, found in scored.items() if found[name].units is not None}
-        patterns = [cluster.rsplit("/", 1)[0] for cluster in dict.fromkeys(next(iter(entries.values())).clusters)]
-        if entries and len(set(patterns)) > 1:
-            units = {model: entry.units for model, entry in entries.items() if entry.units is not None}
-            plots.append((f"{name}: pairs by pattern", Markup(pattern_plot(patterns, units))))
+        runs = {model: entries[name] for model, entries in scored.items()}
+        found = [measure for measure in next(iter(runs.values())).values() if measure.startswith("accuracy_")]
+        caption = "pairs right, %, 95 % intervals; dotted: chance"
+        plots.append((f"{name}: pairs by pattern", _interval_plot(runs, found, caption, chance=25)))
     return plots
 
 
-def _with_interval(entry: Scored, measure: str) -> tuple[float, float, float]:
+def _interval_plot(
+    runs: Mapping[str, Scored], measures: Sequence[str], caption: str, chance: float | None = None
+) -> Any:
+    from markupsafe import Markup
+
+    rows = {model: _intervals(entry, measures) for model, entry in runs.items()}
+    return Markup(interval_plot([name.split("_", 1)[1] for name in measures], rows, caption, chance))
+
+
+def _intervals(entry: Scored, measures: Sequence[str]) -> list[tuple[float, float, float]]:
+    """Each measure with the ends of its 95 % interval; a resample that lacks a measure's items does not count."""
     weights = Resampler(len(entry.clusters), entry.clusters, seed=0).weights().astype(np.float32)
-    low, high = interval(entry.resample(weights)[measure])
-    return entry.values()[measure], low, high
+    drawn, whole = entry.resample(weights), entry.values()
+    return [(whole[name], *interval(drawn[name][~np.isnan(drawn[name])])) for name in measures]
 
 
 def _towers(results: dict[str, Any]) -> dict[str, Any] | None:

@@ -29,12 +29,38 @@ def pattern_plot(patterns: Sequence[str], units: Mapping[str, np.ndarray]) -> st
             hits = np.array([bool(hit) for hit, pattern in zip(right, patterns, strict=True) if pattern == name])
             interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
             rows[model].append((100 * hits.mean(), 100 * interval.low, 100 * interval.high))
-    return _dots(names, rows, "pairs right, %, 95 % intervals; dotted: chance", chance=25)
+    return interval_plot(names, rows, "pairs right, %, 95 % intervals; dotted: chance", chance=25)
 
 
-def category_plot(categories: Sequence[str], f1: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
-    """POPE's F1: by model and category the value and its 95 % interval."""
-    return _dots(categories, {model: list(rows) for model, rows in f1.items()}, "F1, %, 95 % intervals over images")
+def interval_plot(
+    names: Sequence[str],
+    rows: Mapping[str, Sequence[tuple[float, float, float]]],
+    caption: str,
+    chance: float | None = None,
+) -> str:
+    """Dots with intervals: a line per name, the models' beside each other.
+
+    Args:
+        names: Of the lines.
+        rows: By model, for every name the value and the ends of its 95 % interval, in percent.
+        caption: Of the axis.
+        chance: Where a dotted line goes.
+    """
+    step = min(0.22, 0.7 / len(rows))
+    figure, axes = _figure(5.4, max(0.42, 0.16 * len(rows)) * len(names) + 1.0 + 0.1 * len(rows))
+    for number, (model, values) in enumerate(rows.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        for row, (value, low, high) in enumerate(values):
+            height = row + (number - (len(rows) - 1) / 2) * step
+            axes.plot([low, high], [height] * 2, color=colour, linewidth=1.6)
+            axes.plot([value], [height], "o", color=colour, markersize=6, label=model if row == 0 else None)
+    if chance is not None:
+        axes.axvline(chance, color=_INK, linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, 20) for name in names], color=_INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(caption, color=_INK)
+    return _finish(figure, axes)
 
 
 def drift_plot(drifts: Mapping[str, Mapping[str, Any]]) -> str:
@@ -51,30 +77,6 @@ def drift_plot(drifts: Mapping[str, Mapping[str, Any]]) -> str:
         axes.axvline(drift["llava_layer"], color=_INK, linewidth=0.8, linestyle=":")
     axes.set_xlabel("layer (0: embeddings); dotted: the one that LLaVA reads", color=_INK)
     axes.set_ylabel("cosine to the base tower", color=_INK)
-    return _finish(figure, axes)
-
-
-def _dots(
-    names: Sequence[str],
-    rows: Mapping[str, Sequence[tuple[float, float, float]]],
-    caption: str,
-    chance: float | None = None,
-) -> str:
-    """Horizontal intervals with a dot: a line per name, beside each other by model."""
-    step = min(0.22, 0.7 / len(rows))
-    figure, axes = _figure(5.4, max(0.42, 0.16 * len(rows)) * len(names) + 1.0 + 0.1 * len(rows))
-    for number, (model, values) in enumerate(rows.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        for row, (value, low, high) in enumerate(values):
-            height = row + (number - (len(rows) - 1) / 2) * step
-            axes.plot([low, high], [height] * 2, color=colour, linewidth=1.6)
-            axes.plot([value], [height], "o", color=colour, markersize=6, label=model if row == 0 else None)
-    if chance is not None:
-        axes.axvline(chance, color=_INK, linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(names)), [textwrap.fill(name, 20) for name in names], color=_INK)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel(caption, color=_INK)
     return _finish(figure, axes)
 
 

@@ -147,7 +147,7 @@ def test_differences() -> None:
     assert differences(a, b) == ["tower_steps: 500 -> 600", "optimizer.lr: 0.0001 -> 0.001"]
     assert differences({"old": 1, "x": 2}, {"x": 2, "new": 3}) == ["old: 1 -> (absent)", "new: (absent) -> 3"]
     assert differences({"old": None, "x": 2}, {"x": 2, "new": None}) == []
-    assert differences({"x": None}, {"x": 0}) == ["x: null -> 0"]
+    assert differences({"x": None}, {"x": 0}) == ["x: None -> 0"]
 
 
 def test_shipped_configs_by_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from dcr_mllm.evaluation.lmms_model import image_key
 from dcr_mllm.evaluation.mllm_tasks import TASKS
 from dcr_mllm.evaluation.run import main
 from dcr_mllm.llava import load_llava, load_processor
+from dcr_mllm.mini.data import write_mmvp_vlm
 from tests.benchmarks import ROWS, prompt_of, write_copy_of
 
 ROOT = Path(__file__).parents[3]
@@ -171,6 +172,35 @@ def test_two_processes_give_the_results_of_one(tmp_path: Path, two_llavas: list[
         one, two = ((tmp_path / run / name).read_text() for run in ("one", "two"))
         assert one.replace("/one", "/two").replace('"one"', '"two"') == two
     assert done.stdout.count("new against base, mmvp") == 1
+
+
+def test_towers_and_the_towers_inside_llavas(
+    tmp_path: Path, tiny_clip: Path, tiny_llava: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Tower benchmarks in the same command, in the same comparisons and report."""
+    tower = tmp_path / "runs" / "a" / "tower"
+    shutil.copytree(tiny_clip, tower)
+    llava = tmp_path / "runs" / "b" / "llava"
+    shutil.copytree(tiny_llava, llava)
+    record = {"config": {"towers": {"b": str(tower)}, "llm": "x"}}
+    (llava / "provenance.json").write_text(json.dumps(record))
+    data = write_mmvp(tmp_path)
+    write_mmvp_vlm(data / "mmvp_vlm", "test", 2)
+    arguments = ["--data", str(data), "--tasks"]
+    assert main([*arguments, "mmvp_vlm", "--models", str(tower), str(llava), "--out", str(tmp_path / "towers")]) == 0
+    printed = capsys.readouterr().out
+    assert "b against a, mmvp_vlm: no difference detected" in printed and "exact McNemar on 18 pairs" in printed
+    out = tmp_path / "both"
+    assert main([*arguments, "mmvp,mmvp_vlm", "--models", str(llava), "--limit", "4", "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["scores"]["b"]) == {"mmvp", "mmvp_vlm"}
+    assert results["scores"]["b"]["mmvp_vlm"]["questions"] == 2  # pairs
+    assert "mmvp_vlm" in (out / "report.md").read_text()
+    assert main([*arguments, "mmvp,mmvp_vlm", "--models", str(tower), "--out", str(tmp_path / "no")]) == 2
+    assert "has model_type 'clip', expected llava" in capsys.readouterr().err
+    (llava / "provenance.json").unlink()
+    assert main([*arguments, "mmvp_vlm", "--models", str(llava), "--out", str(tmp_path / "no")]) == 2
+    assert "name the whole tower directory" in capsys.readouterr().err
 
 
 def test_training_runs_are_grouped(tmp_path: Path, two_llavas: list[Path], capsys: pytest.CaptureFixture[str]):
