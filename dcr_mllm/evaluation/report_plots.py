@@ -75,6 +75,7 @@ def drift_plot(drifts: Mapping[str, Mapping[str, Any]]) -> str:
         cosine = [entry["patch"]["cosine"] for entry in drift["layers"]]
         axes.plot(layers, cosine, "o-", color=COLOURS[(number + 1) % len(COLOURS)], markersize=4, label=name)
         axes.axvline(drift["llava_layer"], color=_INK, linewidth=0.8, linestyle=":")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("layer (0: embeddings); dotted: the one that LLaVA reads", color=_INK)
     axes.set_ylabel("cosine to the base tower", color=_INK)
     return _finish(figure, axes)
