@@ -207,7 +207,8 @@ def _intervals(entry: Scored, measures: Sequence[str]) -> list[tuple[float, floa
     """Each measure with the ends of its 95 % interval; a resample that lacks a measure's items does not count."""
     weights = Resampler(len(entry.clusters), entry.clusters, seed=0).weights().astype(np.float32)
     drawn, whole = entry.resample(weights), entry.values()
-    return [(whole[name], *interval(drawn[name][~np.isnan(drawn[name])])) for name in measures]
+    ends = [interval(drawn[name][~np.isnan(drawn[name])]) for name in measures]
+    return [(whole[name], low, high) for name, (low, high) in zip(measures, ends, strict=True)]
 
 
 def _towers(results: dict[str, Any]) -> dict[str, Any] | None:
