@@ -23,6 +23,14 @@ def test_shipped_configs_resolve(name: str, capsys: pytest.CaptureFixture[str]):
     assert yaml.safe_load(capsys.readouterr().out)["run"] == name
 
 
+def test_every_tower_of_the_paper_has_a_config(capsys: pytest.CaptureFixture[str]):
+    published = yaml.safe_load((REPOSITORY / "dcr_mllm" / "evaluation" / "published.yaml").read_text())
+    for name, hub_id in published["backbones"]["hub_ids"].items():
+        assert main([name, "--print-config"]) == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert (config["tower"], config["tower_steps"], config["prediction_type"]) == (hub_id, 4600, None)
+
+
 def test_defaults_are_the_published_recipe(capsys: pytest.CaptureFixture[str]):
     """docs of the method, 'shipped configs': batch 16 x accumulation 2, 100,000 and 4,600 steps, LoRA 16/16/0.1."""
     assert main(["openai-l14-336", "--print-config"]) == 0
