@@ -129,7 +129,11 @@ def measure_startup(starts: int) -> dict[str, Any]:
 
 def measure_index() -> dict[str, Any]:
     """lmms-eval's index of all benchmarks that can be asked; what is in their rows does not matter to it."""
-    from dcr_mllm.evaluation.mllm_tasks import TASKS, TaskData, lmms_name, write_lmms_task
+    from datasets import Dataset
+
+    from dcr_mllm.evaluation.lmms_tasks import lmms_name, write_task
+    from dcr_mllm.evaluation.mllm_data import TaskData
+    from dcr_mllm.evaluation.mllm_tasks import TASKS
     from dcr_mllm.evaluation.pillow import kept_strict
     from dcr_mllm.evaluation.scorers import SCORERS
 
@@ -140,7 +144,18 @@ def measure_index() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for task in TASKS:
-            write_lmms_task(task, TaskData(task, [{"image": None}], SCORERS[task].score), folder, folder)
+            table = Dataset.from_list([{TASKS[task].image: {"bytes": b"", "path": None}}])
+            data = TaskData(
+                task=task,
+                name=task,
+                table=table,
+                rows=[],
+                undecodable={},
+                notes=[],
+                files=None,
+                score=SCORERS[task].score,
+            )
+            write_task(data, folder, folder)
         seconds, _ = timed(lambda: found.append(TaskManager("WARNING", include_path=name, include_defaults=False)))
     tasks = sorted(found[0].all_tasks)
     assert tasks == sorted(map(lmms_name, TASKS)), tasks

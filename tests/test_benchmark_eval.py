@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from dcr_mllm.evaluation import generation
-from dcr_mllm.evaluation.mllm_tasks import TASKS, lmms_name
+from dcr_mllm.evaluation.lmms_tasks import lmms_name
+from dcr_mllm.evaluation.mllm_tasks import TASKS
 from scripts import benchmark_eval
 from tests.processes import clean_environment, run_to_end
 from tests.tiny_llms import vicuna_tokenizer

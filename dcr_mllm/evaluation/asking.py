@@ -109,20 +109,27 @@ def differing(first: Conditions, other: Conditions, name: str) -> list[str]:
 
 
 def same_as_before(conditions: Conditions, record: Path, allow: bool) -> None:
-    """Keep the conditions beside the raw answers; refuse to go on under others.
+    """Keep the conditions beside the raw answers, and what changed on the way; refuse to go on under others.
 
     Raises:
         UserError: A killed run was started under other ones, and `allow` is not set.
     """
+    changes: list[str] = []
     if record.is_file():
-        before = Conditions(**json.loads(record.read_text(encoding="utf-8")))
-        changed = differing(before, conditions, "before")
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = differing(Conditions(**before["conditions"]), conditions, "before")
         if changed and not allow:
             raise UserError(
                 f"{record.parent.parent} was started under other conditions ({'; '.join(changed)}); choose another "
                 "--out, restore them, or go on all the same with --allow-differences"
             )
-    write_json_atomic(record, dataclasses.asdict(conditions))
+        changes = before["changes"] + changed
+    write_json_atomic(record, {"conditions": dataclasses.asdict(conditions), "changes": changes})
+
+
+def changes_on_the_way(record: Path) -> list[str]:
+    """What changed between the conditions of the first answers and of the last."""
+    return json.loads(record.read_text(encoding="utf-8"))["changes"]
 
 
 def load_model(path: str, **settings: Any) -> Any:

@@ -20,15 +20,19 @@ class Request:
 
     Attributes:
         prompt: Rendered text, with `<image>` marks and the opened answer.
-        images: Pillow images, one per mark.
+        images: Pillow images, one per mark, or what opens them: a benchmark's pictures need not fit into memory.
         image_key: Tells images apart: requests with the same key show the same images.
         max_new_tokens: Limit of the answer.
     """
 
     prompt: str
-    images: tuple[Any, ...]
+    images: tuple[Any, ...] | Callable[[], tuple[Any, ...]]
     image_key: str
     max_new_tokens: int = 16
+
+    def open_images(self) -> tuple[Any, ...]:
+        """The images, decoded if they are not."""
+        return self.images() if callable(self.images) else self.images
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def prefill(model: Any, processor: Any, requests: Sequence[Request], split: Sequ
         return cache, 0
     keys = [(request.image_key, part.prefix) for request, part in zip(requests, split, strict=True)]
     distinct = dict(zip(keys, requests, strict=True))
-    images = [image for request in distinct.values() for image in request.images]
+    images = [image for request in distinct.values() for image in request.open_images()]
     pixel_values = processor.image_processor(images, return_tensors="pt").pixel_values
     model.model(
         input_ids=torch.tensor([prefix for _, prefix in distinct], device=model.device),

@@ -12,7 +12,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -94,11 +93,9 @@ class DcrLlava(lmms):
         Raises:
             UserError: A task asks for sampling or beams, or shows a video.
         """
-        shown: dict[str, tuple[Any, ...]] = {}  # one copy of each image: POPE asks eighteen questions on every one
         questions: list[Question] = []
         for instance in requests:
             request = self._request(*instance.args)
-            request = replace(request, images=shown.setdefault(request.image_key, request.images))
             _, _, _, doc_id, task, _ = instance.args
             options = None if self.options is None else self.options(task, doc_id)
             questions.append((request, None if options is None else tuple(options)))
@@ -161,6 +158,21 @@ class DcrLlava(lmms):
     ) -> Request:
         if settings.get("do_sample") or (settings.get("temperature") or 0) > 0 or (settings.get("num_beams") or 1) > 1:
             raise UserError(f"task {task} asks for sampling or beams ({settings}); answers are decoded greedily here")
+        messages, images = self._shown(doc_to_messages, doc_id, task, split)
+        # Decoded once for its hash and again in its batch: thousands of pictures at a time need not fit into memory.
+        opened = partial(self._images, doc_to_messages, doc_id, task, split)
+        return Request(
+            prompt=self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
+            images=opened if images else (),
+            image_key=image_key(images),
+            max_new_tokens=int(settings.get("max_new_tokens", 16)),
+        )
+
+    def _images(self, doc_to_messages: Any, doc_id: int, task: str, split: str) -> tuple[Any, ...]:
+        return tuple(self._shown(doc_to_messages, doc_id, task, split)[1])
+
+    def _shown(self, doc_to_messages: Any, doc_id: int, task: str, split: str) -> tuple[Any, list[Any]]:
+        """A document's messages, and the images in them."""
         messages = doc_to_messages(self.task_dict[task][split][doc_id])
         images: list[Any] = []
         for message in messages:
@@ -169,12 +181,7 @@ class DcrLlava(lmms):
                     images.append(part["url"].convert("RGB"))
                 elif part["type"] != "text":
                     raise UserError(f"task {task} shows a {part['type']}, and a LLaVA sees images only")
-        return Request(
-            prompt=self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
-            images=tuple(images),
-            image_key=image_key(images),
-            max_new_tokens=int(settings.get("max_new_tokens", 16)),
-        )
+        return messages, images
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         # lmms-eval (0.7) itself stops at such a task before it gets here: it builds no likelihood requests for models

@@ -62,7 +62,7 @@ def write_drawn_rows(data: TaskData, runs_dir: Path) -> None:
     path = runs_dir / "mini-data" / "test" / "lmms" / f"{data.task}.parquet"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         _write_rows(data, partial)
         partial.replace(path)
 
@@ -118,19 +118,22 @@ def _names_in(path: Path) -> Iterator[str]:
 
 
 def _judge_in(definition: Path) -> str | None:
-    """What in a task file, or in the code that it names, calls a judge."""
-    texts = {definition.name: definition.read_text(encoding="utf-8", errors="replace")}
-    for included in re.findall(r"^include:\s*(\S+)", texts[definition.name], re.MULTILINE):
-        if (definition.parent / included).is_file():
-            texts[included] = (definition.parent / included).read_text(encoding="utf-8", errors="replace")
-    modules = {name for text in texts.values() for name in re.findall(r"!function\s+(\w+)\.", text)}
-    for path in (definition.parent / f"{name}.py" for name in sorted(modules)):
-        if path.is_file():
-            texts[path.name] = path.read_text(encoding="utf-8", errors="replace")
-    for name, text in texts.items():
+    """What in a task file, in the code that it names, or in what that imports from its neighbours calls a judge."""
+    found: dict[Path, str] = {}
+    waiting = [definition]
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.is_file():
+            continue
+        text = found[path] = path.read_text(encoding="utf-8", errors="replace")
+        waiting += [path.parent / name for name in re.findall(r"^include:\s*(\S+)", text, re.MULTILINE)]
+        waiting += [path.parent / f"{name}.py" for name in re.findall(r"!function\s+(\w+)\.", text)]
+        for module in re.findall(r"^\s*(?:from|import)\s+lmms_eval\.tasks\.([\w.]+)", text, re.MULTILINE):
+            waiting.append(_tasks_folder() / f"{module.replace('.', '/')}.py")
+    for path, text in found.items():
         match = _JUDGE.search(text)
         if match:
-            return f"{name} has {match[0]}"
+            return f"{path.name} has {match[0]}"
     return None
 
 

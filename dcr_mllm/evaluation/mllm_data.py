@@ -6,9 +6,11 @@ Rows and images are an Arrow table that is read from disk as it is needed; of im
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,11 +20,12 @@ from typing import Any
 
 from dcr_mllm.errors import UserError
 from dcr_mllm.evaluation.mllm_tasks import TASKS, MllmTask, Row
+from dcr_mllm.evaluation.pillow import strict
 from dcr_mllm.evaluation.scored import Scored
 from dcr_mllm.evaluation.scorers import MMVP_DISPUTED, POPE_CATEGORIES, SCORERS, Item, score_mmvp
 
 MINI, HUB = "mini", "hub"
-_MMVP_ROWS = 300
+_MMVP_ROWS = TASKS["mmvp"].size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,7 @@ class TaskData:
         table: `datasets.Dataset` with the images undecoded, and without the rows of `undecodable`.
         rows: All rows without their images, `image_digest` in their place.
         undecodable: By row, what is wrong with its image: such rows are not asked and count as wrong.
+        notes: What a reader of the scores has to know about the data.
         files: Parquet files that hold exactly `table`; None: it has to be written before lmms-eval can read it.
         score: The benchmark's scorer.
     """
@@ -44,10 +48,11 @@ class TaskData:
     table: Any
     rows: list[Row]
     undecodable: dict[int, str]
+    notes: list[str]
     files: list[str] | None
     score: Callable[[Sequence[Item]], Scored]
 
-    @property
+    @functools.cached_property
     def asked(self) -> list[int]:
         """Positions of the rows that are asked."""
         return [k for k in range(len(self.rows)) if k not in self.undecodable]
@@ -98,6 +103,10 @@ def load_task(name: str, data: str, runs_dir: Path, limit: int | None = None) ->
             table, files = _hub_copy(name, directory)
     if not len(table):
         raise UserError(f"{name}: there are no questions in {data}")
+    notes = []
+    if data != MINI and len(table) != spec.size:
+        notes.append(f"{len(table)} questions, where the published benchmark has {spec.size}: not the whole of it")
+        print(f"{name}: {notes[0]}")
     swapped = name == "mmvp" and _has_swapped_labels(table)
     if name == "mmvp" and len(table) != _MMVP_ROWS:
         score = partial(score_mmvp, disputed=())
@@ -119,9 +128,11 @@ def load_task(name: str, data: str, runs_dir: Path, limit: int | None = None) ->
         if not len(table):
             raise UserError(f"{name}: none of the images in {data} can be decoded")
     if swapped:
-        rows = [{**row, "Correct Answer": MMVP_DISPUTED.get(row["Index"], row["Correct Answer"])} for row in rows]
+        rows = [{**row, "Correct Answer": MMVP_DISPUTED.get(int(row["Index"]), row["Correct Answer"])} for row in rows]
     label = f"mini-{name}" if data == MINI else name
-    return TaskData(task=name, name=label, table=table, rows=rows, undecodable=undecodable, files=files, score=score)
+    return TaskData(
+        task=name, name=label, table=table, rows=rows, undecodable=undecodable, notes=notes, files=files, score=score
+    )
 
 
 def _wanted(name: str) -> str:
@@ -153,8 +164,11 @@ def _hub_copy(name: str, directory: Path) -> tuple[Any, list[str]]:
     try:
         builder = load_dataset_builder(str(directory), name=spec.config)
         files = [str(file) for file in (builder.config.data_files or {}).get(spec.split, [])]
+        _check_shards(name, files)
         # By its files: the cache of whole folders tells them apart by their last name alone.
         table = load_dataset("parquet", data_files={spec.split: files}, split=spec.split) if files else None
+    except UserError:
+        raise
     except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name}: {directory} cannot be read ({reason}); {_wanted(name)}") from None
@@ -167,6 +181,16 @@ def _hub_copy(name: str, directory: Path) -> tuple[Any, list[str]]:
             f"{_wanted(name)}"
         )
     return table.cast_column(spec.image, Image(decode=False)), files
+
+
+def _check_shards(name: str, files: Sequence[str]) -> None:
+    """Refuse a copy of which a part is missing, as an interrupted download leaves it."""
+    for file in files:
+        match = re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.parquet", Path(file).name)
+        if match and sum(Path(other).name.startswith(f"{match[1]}-") for other in files) < int(match[3]):
+            raise UserError(
+                f"{name}: {Path(file).parent} has not all {int(match[3])} parts of {match[1]}; {_wanted(name)}"
+            )
 
 
 def _public(name: str, directory: Path) -> Any:
@@ -198,7 +222,7 @@ def _look_at_images(table: Any, spec: MllmTask) -> list[tuple[str, str | None]]:
             by_path[path] = digest
         return by_path[path], seen[by_path[path]]
 
-    with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
+    with strict(), ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
         return list(pool.map(look, range(len(images))))
 
 
@@ -221,7 +245,7 @@ def _problem(content: bytes) -> str | None:
 
 def _has_swapped_labels(table: Any) -> bool:
     """Whether this is the copy of MMVP in which lmms-eval's authors swapped four labels."""
-    labels = dict(zip(table["Index"], table["Correct Answer"], strict=True))
+    labels = dict(zip(map(int, table["Index"]), table["Correct Answer"], strict=True))
     other = {"(a)": "(b)", "(b)": "(a)"}
     return len(table) == _MMVP_ROWS and all(labels.get(k) == other[label] for k, label in MMVP_DISPUTED.items())
 

@@ -22,6 +22,7 @@ class MllmTask(NamedTuple):
         repository: Its data set on the hub.
         config: Of that data set.
         split: Of that data set.
+        size: Rows of that split.
         columns: What has to be in it, the column of images aside.
         item: What the scorer needs, from a row without its image and the answer.
         options: The answers that likelihood scoring chooses from.
@@ -36,6 +37,7 @@ class MllmTask(NamedTuple):
     repository: str
     config: str | None
     split: str
+    size: int
     columns: tuple[str, ...]
     item: Callable[[Row, str], Item]
     options: Callable[[Row], tuple[str, ...]]
@@ -53,7 +55,7 @@ def _mmvp_options(row: Row) -> list[str]:
 def mmvp_item(row: Row, answer: str) -> Item:
     """What `score_mmvp` needs."""
     target = row["Correct Answer"]
-    return {"index": row["Index"], "options": _mmvp_options(row), "target": target, "answer": answer}
+    return {"index": int(row["Index"]), "options": _mmvp_options(row), "target": target, "answer": answer}
 
 
 def pope_item(row: Row, answer: str) -> Item:
@@ -113,6 +115,7 @@ TASKS = {
         repository="lmms-lab-eval/MMVP",
         config=None,
         split="train",
+        size=300,
         columns=("Index", "Question", "Options", "Correct Answer"),
         item=mmvp_item,
         options=lambda row: _letters(len(_mmvp_options(row))),
@@ -124,6 +127,7 @@ TASKS = {
         repository="lmms-lab-encoder/POPE",
         config=None,
         split="test",
+        size=9_000,
         columns=("question", "answer", "image_source", "category"),
         item=pope_item,
         options=lambda row: YES_NO,
@@ -134,6 +138,7 @@ TASKS = {
         repository="nyu-visionx/CV-Bench",
         config="default",
         split="test",
+        size=2_638,
         columns=("idx", "type", "task", "choices", "answer", "prompt", "source"),
         item=cv_bench_item,
         options=lambda row: _letters(len(row["choices"])),
@@ -143,6 +148,7 @@ TASKS = {
         repository="BaiqiL/NaturalBench-lmms-eval",
         config=None,
         split="test",
+        size=7_600,
         columns=("Index", "Question", "Question_Type", "Answer"),
         item=naturalbench_item,
         options=lambda row: YES_NO if row["Question_Type"] == "yes_no" else ("A", "B"),
@@ -156,6 +162,7 @@ TASKS = {
         repository="lmms-lab-encoder/MME",
         config=None,
         split="test",
+        size=2_374,
         columns=("question_id", "question", "answer", "category"),
         item=mme_item,
         options=lambda row: YES_NO,
@@ -167,6 +174,7 @@ TASKS = {
         repository="lmms-lab-encoder/ScienceQA",
         config="ScienceQA-IMG",
         split="test",
+        size=2_017,
         columns=("question", "choices", "answer", "hint"),
         item=scienceqa_item,
         options=lambda row: _letters(len(row["choices"])),
@@ -176,6 +184,7 @@ TASKS = {
         repository="lmms-lab-encoder/HallusionBench",
         config=None,
         split="image",
+        size=951,
         columns=("category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer"),
         item=hallusion_bench_item,
         options=lambda row: YES_NO,

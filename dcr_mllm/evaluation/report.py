@@ -104,6 +104,7 @@ def _page(
             (name, f"{len(rows)}: " + "; ".join(f"{row}, {problem}" for row, problem in list(rows.items())[:20]))
             for name, rows in results["undecodable"].items()
         ],
+        "notes": [f"{name}: {note}" for name, notes in results["notes"].items() for note in notes],
         "provenance": _provenance(results),
     }
 

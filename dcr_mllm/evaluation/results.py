@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -113,6 +114,7 @@ def evaluate(
     Raises:
         UserError: The models would be asked under different conditions.
     """
+    from dcr_mllm.evaluation.asking import changes_on_the_way
     from dcr_mllm.evaluation.report import write_report
     from dcr_mllm.evaluation.verdicts import add_verdicts, compare_task
 
@@ -127,6 +129,11 @@ def evaluate(
         if found is None:
             return None
         asked = found
+        differences += [
+            f"{model}, after a restart: {change}"
+            for model in config.models
+            for change in changes_on_the_way(out / "raw" / f"{model}.json")
+        ]
         for model, answers in asked.items():
             for task, data in loaded.mllm.items():
                 answered = data.items(answers.given[task])
@@ -163,6 +170,7 @@ def evaluate(
         },
         "passed_through": {model: answers.other for model, answers in asked.items() if answers.other},
         "undecodable": _undecodable(loaded, next(iter(scored.values()))),
+        "notes": {data.name: data.notes for data in loaded.mllm.values() if data.notes},
         "tower_settings": {name: entry for data in loaded.tower.values() for name, entry in data.settings.items()},
         "comparisons": comparisons,
         "packages": package_versions(),
@@ -229,6 +237,8 @@ def _ask_all(
         answers = ask(llava, loaded.mllm, definitions, tasks.other, config.limit)
         if answers is not None:
             asked[model] = answers
+        del llava  # before the next one is loaded: two of them need not fit
+        gc.collect()
     return asked if processes.is_main_process else None
 
 
@@ -291,6 +301,7 @@ def format_results(results: dict[str, Any]) -> str:
     """The results as text: verdicts first, then every measure."""
     first, *_ = results["config"]["groups"]
     lines = [f"different conditions, {line}" for line in results["differences"]]
+    lines += [f"{name}: {note}" for name, notes in results["notes"].items() for note in notes]
     for model, tasks in results["comparisons"].items():
         for task, entry in tasks.items():
             difference = entry["measures"][entry["headline"]]["difference"]
@@ -317,5 +328,6 @@ def format_results(results: dict[str, Any]) -> str:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             lines += ["", f"{task}, {model} (lmms-eval's own score): {shown}"]
     for task, rows in results["undecodable"].items():
-        lines += ["", f"{task}: {len(rows)} images cannot be decoded and count as wrong: {', '.join(rows)}"]
+        lines += ["", f"{task}: {len(rows)} images cannot be decoded and count as wrong (clustering leaves them out): "]
+        lines += [f"  {', '.join(rows)}"]
     return "\n".join(lines)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from dcr_mllm.evaluation.results import RESULTS_VERSION, TaskNames, format_results, load_tasks
+    from dcr_mllm.evaluation.results import RESULTS_VERSION, TaskNames, evaluate, format_results, load_tasks
 
     tasks = TaskNames.sorted_out([name.strip() for name in options.tasks.split(",") if name.strip()])
     if (options.limit is not None and options.limit < 1) or options.batch_size < 1:
@@ -130,7 +133,8 @@ def _run(options: argparse.Namespace) -> None:
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     option = f"--out {options.out.parent}/"
-    run = open_run(options.out.parent, config, option=option, create=False)
+    # Finished results can be printed anywhere; unfinished ones are asked on one kind of device, see `asking`.
+    run = open_run(options.out.parent, config, option=option, create=False, ignore=("device",))
     if options.resume and run.state == "new":
         raise UserError(f"--resume: there is no evaluation in {options.out}; leave --resume out to start one")
     if run.state == "finished":
@@ -138,11 +142,10 @@ def _run(options: argparse.Namespace) -> None:
         results = read_results(options.out / "results.json", RESULTS_VERSION)
     else:
         loaded = load_tasks(config, tasks)  # before the folder is made: missing data are a mistake of the user
-        from dcr_mllm.evaluation.results import evaluate
-
         first_process = int(os.environ.get("RANK", "0")) == 0
-        run = open_run(options.out.parent, config, option=option, create=first_process)
-        found = evaluate(config, tasks, loaded, options.out, allow_differences=options.allow_differences)
+        run = open_run(options.out.parent, config, option=option, create=first_process, ignore=("device",))
+        with _alone(options.out) if first_process else contextlib.nullcontext():
+            found = evaluate(config, tasks, loaded, options.out, allow_differences=options.allow_differences)
         if found is None:
             return
         results = found
@@ -150,6 +153,22 @@ def _run(options: argparse.Namespace) -> None:
         run.finish({})
     print(format_results(results))
     print(f"\nreport: {options.out / 'report.html'} and report.md, numbers: {options.out / 'results.json'}")
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Two evaluations into one folder would tear each other's files."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"another evaluation is at work in {out}; wait for it, or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_results(path: Path, version: int) -> dict[str, Any]:
@@ -177,13 +196,14 @@ def _models(values: list[str] | None, *, towers: bool) -> dict[str, dict[str, Pa
     groups: dict[str, dict[str, Path]] = {}
     for value in values:
         match = None if Path(value).exists() else re.fullmatch(r"(\w[\w.+-]*)=(.+)", value)
-        paths = [_checked(path, towers) for path in (match[2].split(",") if match else [value])]
-        name = match[1] if match else _short_name(paths[0])
-        if match and name in groups:
-            raise UserError(f"--models: {name} is named twice; give its training runs at once, {name}=A1,A2")
-        name = name if name not in groups else f"{name}-{len(groups) + 1}"
-        single = len(paths) == 1
-        groups[name] = {name if single else f"{name}-{number}": path for number, path in enumerate(paths, start=1)}
+        given = match[2].split(",") if match else [value]
+        taken = {name for group, members in groups.items() for name in (group, *members)}
+        name = match[1] if match else _free_name(_short_name(value), taken)
+        runs = [name] if len(given) == 1 else [f"{name}-{number}" for number in range(1, len(given) + 1)]
+        clash = {name, *runs} & taken
+        if clash:
+            raise UserError(f"--models: {min(clash)} is named twice; each model needs a name of its own, NAME=A1,A2")
+        groups[name] = {run: _checked(path, towers) for run, path in zip(runs, given, strict=True)}
     return groups
 
 
@@ -193,14 +213,24 @@ def _checked(value: str, towers: bool) -> Path:
 
     if not towers:
         return llava_summary(resolve_weights(value, "llava")).path
-    directory = Path(value)
+    directory = resolve_weights(value, "tower")
     if (directory / "config.json").is_file() and read_json(directory / "config.json").get("model_type") == "llava":
-        return llava_summary(resolve_weights(value, "llava")).path
-    return tower_summary(resolve_weights(value, "tower")).path
+        return llava_summary(directory).path
+    return tower_summary(directory).path
 
 
-def _short_name(path: Path) -> str:
+def _short_name(value: str) -> str:
+    """Of a run's `llava` or `tower` folder the run's name, else the last part of a path or hub id."""
+    path = Path(value).resolve() if Path(value).exists() else Path(value)
     return path.parent.name if path.name in ("llava", "tower") else path.name
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    numbers = itertools.count(2)
+    free = name
+    while free in taken:
+        free = f"{name}-{next(numbers)}"
+    return free
 
 
 def _data(value: str, models: dict[str, Path]) -> str:
@@ -222,8 +252,10 @@ def _data(value: str, models: dict[str, Path]) -> str:
 
 def _trained_on_mini(path: Path) -> bool:
     """Whether a LLaVA's instructions, or a tower's images, were drawn."""
-    from dcr_mllm.headers import read_json
+    from dcr_mllm.headers import read_json, resolve_weights
 
+    if path == resolve_weights("mini", "tower"):
+        return True
     record = path / "provenance.json"
     if not record.is_file():
         return False

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from dcr_mllm.errors import UserError
-from dcr_mllm.evaluation.asking import Conditions, _numbers, check_fair, conditions_of, same_as_before
+from dcr_mllm.evaluation.asking import (
+    Conditions,
+    _numbers,
+    changes_on_the_way,
+    check_fair,
+    conditions_of,
+    same_as_before,
+)
 
 BASE = Conditions(
     precision="float32",
@@ -61,9 +68,11 @@ def test_a_killed_run_does_not_go_on_under_other_conditions(tmp_path: Path):
     newer = dataclasses.replace(BASE, packages={"torch": "3", "transformers": "5"})
     with pytest.raises(UserError, match=r"out was started under other conditions \(packages.torch 3 \(before: 2\)\)"):
         same_as_before(newer, record, allow=False)
-    assert json.loads(record.read_text())["packages"]["torch"] == "2"
+    assert json.loads(record.read_text())["conditions"]["packages"]["torch"] == "2"
+    assert changes_on_the_way(record) == []
     same_as_before(newer, record, allow=True)
-    assert json.loads(record.read_text())["packages"]["torch"] == "3"
+    same_as_before(newer, record, allow=False)  # what changed stays on record
+    assert changes_on_the_way(record) == ["packages.torch 3 (before: 2)"]
 
 
 def test_conditions_of_a_directory(tiny_llava: Path, tmp_path: Path):

@@ -23,8 +23,8 @@ from dcr_mllm.evaluation.lmms_model import (
     read_answers,
     request_key,
 )
-from dcr_mllm.evaluation.mllm_tasks import TaskData, pope_rows, write_lmms_task
-from dcr_mllm.evaluation.scorers import score_pope
+from dcr_mllm.evaluation.lmms_tasks import write_task
+from dcr_mllm.evaluation.mllm_data import load_task
 from dcr_mllm.llava import load_processor
 from dcr_mllm.mini.groups import write_pope
 from tests.processes import clean_environment, run_to_end
@@ -60,7 +60,7 @@ IMAGE, TEXT = {"type": "image", "url": PICTURE}, {"type": "text", "text": "Is it
 def test_prompt_is_that_of_training(model: DcrLlava):
     request = ask(model, [IMAGE, TEXT], max_new_tokens=7, temperature=0, do_sample=False, until=["\n\n"])
     assert request.prompt == prompt(TEMPLATES["vicuna_v1"], [Turn("user", "<image>\nIs it red?")])
-    assert [image.mode for image in request.images] == ["RGB"] and request.max_new_tokens == 7
+    assert [image.mode for image in request.open_images()] == ["RGB"] and request.max_new_tokens == 7
     assert ask(model, [TEXT]).prompt == prompt(TEMPLATES["vicuna_v1"], [Turn("user", "Is it red?")])
 
 
@@ -87,7 +87,7 @@ def test_answers_are_cut_at_stop_strings(model: DcrLlava, monkeypatch: pytest.Mo
 
 
 def test_a_repeated_question_is_asked_once(model: DcrLlava, monkeypatch: pytest.MonkeyPatch):
-    """And equal images are one object: all of a benchmark's requests are in memory at once."""
+    """And no picture is kept: all of a benchmark's requests are in memory at once."""
     asked: list[Any] = []
 
     def answer(model: Any, processor: Any, requests: list, *, batch_size: int, on_answers: Any) -> None:
@@ -96,7 +96,8 @@ def test_a_repeated_question_is_asked_once(model: DcrLlava, monkeypatch: pytest.
 
     monkeypatch.setattr(lmms_model, "generate_answers", answer)
     assert model.generate_until([instance(text) for text in "aba"]) == ["answer 0", "answer 1", "answer 0"]
-    assert len(asked) == 2 and asked[0].images[0] is asked[1].images[0]
+    assert len(asked) == 2 and all(callable(request.images) for request in asked)
+    assert asked[0].open_images()[0].tobytes() == PICTURE.convert("RGB").tobytes()
 
 
 def test_the_likeliest_option_is_the_answer(model: DcrLlava, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -187,9 +188,10 @@ def definitions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tasks of an odd number of questions, and of fewer questions than processes."""
     folder = tmp_path_factory.mktemp("tasks")
     write_pope(folder / "pope", num_images=2)
-    rows = pope_rows(folder / "pope")
+    (folder / "tasks").mkdir(exist_ok=True)
     for name, count in (("seven", 7), ("one", 1)):
-        write_lmms_task("pope", TaskData(name, rows[:count], score_pope), folder / "tasks", folder / "tasks")
+        data = dataclasses.replace(load_task("pope", str(folder), folder, count), name=name)
+        write_task(data, folder / "tasks", folder / "tasks")
     return folder / "tasks"
 
 

@@ -78,11 +78,11 @@ def test_labels_that_the_hub_copy_of_mmvp_swaps(tmp_path: Path):
         for row in rows
     ]
     write_copy_of("mmvp", tmp_path / "original", rows)
-    write_copy_of("mmvp", tmp_path / "hub", swapped)
+    write_copy_of("mmvp", tmp_path / "hub", [{**row, "Index": str(row["Index"])} for row in swapped])
     for limit in (None, 100):
         both = [load_task("mmvp", str(tmp_path / name), WITH_DEFAULTS, limit) for name in ("original", "hub")]
         for data in both:
-            assert {row["Index"]: row["Correct Answer"] for row in data.rows} == dict(
+            assert {int(row["Index"]): row["Correct Answer"] for row in data.rows} == dict(
                 list(original.items())[: limit or 300]
             )
         scores = both[1].score(both[1].items([row["Correct Answer"][1].upper() for row in both[1].rows])).values()
@@ -99,7 +99,21 @@ def test_limit_keeps_whole_units(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert len(data.rows) == len(data.table) == kept and data.files is None
         said = capsys.readouterr().out
         assert f"{task}: {kept} of {len(ROWS[task]())} questions" in said
-        assert ("whole" in said) == (kept != limit)
+        assert (f", whole {TASKS[task].unit_name}s" in said) == (kept != limit)
+
+
+def test_a_part_of_a_benchmark_is_told_from_the_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """An interrupted download is refused; what has other rows than were published is scored, and said."""
+    write_copy_of("pope", tmp_path)
+    data = load_task("pope", str(tmp_path), WITH_DEFAULTS)
+    assert data.notes == ["12 questions, where the published benchmark has 9000: not the whole of it"]
+    assert f"pope: {data.notes[0]}" in capsys.readouterr().out
+    (file,) = (tmp_path / "pope" / "data").iterdir()
+    file.rename(file.with_name("test-00001-of-00003.parquet"))
+    with pytest.raises(UserError, match="pope: .* has not all 3 parts of test; get it with `hf download"):
+        load_task("pope", str(tmp_path), WITH_DEFAULTS)
+    write_copy_of("mmvp", tmp_path, mmvp(300))
+    assert load_task("mmvp", str(tmp_path), WITH_DEFAULTS, 4).notes == []
 
 
 @pytest.mark.parametrize("task", ["mmvp", "pope", "hallusion_bench_image"])

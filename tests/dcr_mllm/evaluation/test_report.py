@@ -69,6 +69,7 @@ def write(out: Path, base_right: set[int], new_right: set[int], patterns: tuple[
             model: {"precision": "float32", "template": "abc", "image_padding": "pad", "data": {"mini-mmvp": "d" * 64}}
             for model in ("old", "new")
         },
+        "notes": {"mmvp": ["24 questions, where the published benchmark has 300: not the whole of it"]},
         "differences": [],
         "passed_through": {"old": {"gqa": {"exact_match": 0.25}}},
         "undecodable": {},
@@ -88,7 +89,9 @@ def write(out: Path, base_right: set[int], new_right: set[int], patterns: tuple[
         "packages": {"torch": "1.0", "absent": None},
     }
     table = Dataset.from_list([{"image": picture(row["Index"])} for row in rows])
-    data = TaskData(task="mmvp", name="mini-mmvp", table=table, rows=rows, undecodable={}, files=None, score=score_mmvp)
+    data = TaskData(
+        task="mmvp", name="mini-mmvp", table=table, rows=rows, undecodable={}, notes=[], files=None, score=score_mmvp
+    )
     write_report(results, {"mmvp": data}, items, scored, out)
     return (out / "report.html").read_text()
 

@@ -89,6 +89,7 @@ def write_page(out: Path, models: tuple[str, ...]) -> None:
             model: {"precision": "bfloat16", "template": "a" * 16, "image_padding": "pad", "data": {"mmvp": "b" * 64}}
             for model in models
         },
+        "notes": {"mmvp": ["24 questions, where the published benchmark has 300: not the whole of it"]},
         "differences": [f"{others[0]}: precision float32 ({first}: bfloat16)"],
         "passed_through": {first: {"gqa": {"exact_match": 0.5}, "textvqa_val": {"exact_match": 0.25}}},
         "undecodable": {"mmvp": {"row 3": "image file is truncated (12 bytes not processed)"}},
@@ -114,6 +115,7 @@ def write_page(out: Path, models: tuple[str, ...]) -> None:
             table=Dataset.from_list([{"image": row.get("image")} for row in found]),
             rows=found,
             undecodable={},
+            notes=[],
             files=None,
             score=scorers[task],
         )

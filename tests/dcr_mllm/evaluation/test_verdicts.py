@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
 from dcr_mllm.errors import UserError
-from dcr_mllm.evaluation.scorers import score_mmvp, score_pope
+from dcr_mllm.evaluation.scored import Scored
+from dcr_mllm.evaluation.scorers import score_mme, score_mmvp, score_pope
 from dcr_mllm.evaluation.statistics import Resampler
 from dcr_mllm.evaluation.verdicts import add_verdicts, compare_task
 
@@ -139,36 +141,67 @@ def test_different_questions_are_refused():
         compare_task([score_pope(pope(0.8, 0))], [score_pope(pope(0.8, 0)[:-6])])
 
 
-def test_several_training_runs_widen_the_interval_by_their_own_spread():
-    """Against a bootstrap written out: images and training runs are drawn, each side's runs by themselves."""
+def test_variance_of_training_against_a_written_out_t_test():
+    """Items: a bootstrap over images written out; runs: the pooled variance of their scores."""
     base = [score_pope(pope(share, seed)) for share, seed in ((0.6, 1), (0.7, 2), (0.8, 3))]
     model = [score_pope(pope(share, seed)) for share, seed in ((0.75, 4), (0.95, 5))]
     entry = compare_task(base, model)
     accuracy = entry["measures"]["accuracy"]
-    means = [np.mean([scored.values()["accuracy"] for scored in runs]) for runs in (base, model)]
-    assert accuracy["difference"] == pytest.approx(means[1] - means[0])
+    scores = [[scored.values()["accuracy"] for scored in runs] for runs in (base, model)]
+    assert accuracy["difference"] == pytest.approx(np.mean(scores[1]) - np.mean(scores[0]))
     rng, draws = np.random.default_rng(7), []
     clusters = np.array(base[0].clusters)
-    names = np.unique(clusters)
-    members = {name: np.flatnonzero(clusters == name) for name in names}
-    for _ in range(1500):
-        chosen = np.concatenate([members[name] for name in rng.choice(names, len(names))])
+    members = {name: np.flatnonzero(clusters == name) for name in np.unique(clusters)}
+    for _ in range(800):
+        chosen = np.concatenate([members[name] for name in rng.choice(list(members), len(members))])
         sides = [
-            np.mean(
-                [
-                    runs[k].measure(runs[k].sums[chosen].sum(axis=0))["accuracy"]
-                    for k in rng.integers(len(runs), size=len(runs))
-                ]
-            )
+            np.mean([scored.measure(scored.sums[chosen].sum(axis=0))["accuracy"] for scored in runs])
             for runs in (base, model)
         ]
         draws.append(sides[1] - sides[0])
-    low, high = np.percentile(draws, [2.5, 97.5])
-    assert accuracy["interval"] == pytest.approx([low, high], abs=1.5)
+    pooled = (2 * np.var(scores[0], ddof=1) + np.var(scores[1], ddof=1)) / 3 * (1 / 3 + 1 / 2)
+    items = np.var(draws)
+    freedom = (items + pooled) ** 2 / (items**2 / (len(members) - 1) + pooled**2 / 3)
+    half = student.ppf(0.975, freedom) * np.sqrt(items + pooled)
+    middle = accuracy["difference"]
+    assert accuracy["interval"] == pytest.approx([middle - half, middle + half], abs=0.03 * half)
     one = compare_task(base[:1], model[:1])["measures"]["accuracy"]["interval"]
-    assert high - low > 1.2 * (one[1] - one[0])
-    assert "and training runs" in entry["test"] and "over 3 and 2 runs; few runs" in entry["training"]
+    assert 2 * half > 1.5 * (one[1] - one[0])
+    assert entry["test"].startswith("t test over training runs") and "over 3 and 2 runs" in entry["training"]
     assert compare_task(base[:1], model[:1])["training"] == "one training run each: training variance not measured"
+    assert "runs of one side" in compare_task(base[:1], model)["training"]
+
+
+@pytest.mark.parametrize(("num_base", "num_model"), [(1, 3), (2, 2), (3, 3)])
+def test_luck_of_training_is_no_difference(num_base: int, num_model: int):
+    """Runs that differ by training alone are told apart about once in twenty times, however few there are."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=150)
+
+    def run() -> Scored:
+        right = rng.random(300) < 1 / (1 + np.exp(-(np.repeat(truth, 2) + rng.normal(0, 0.4))))
+        return score_mmvp(mmvp(list(right)), ())
+
+    p_values = [
+        compare_task([run() for _ in range(num_base)], [run() for _ in range(num_model)])["p_value"] for _ in range(60)
+    ]
+    assert np.mean(np.array(p_values) < 0.05) <= 0.1
+
+
+def test_nothing_that_varies_hides_no_gain():
+    """Identical answers: no gain was out of sight, and resamples without a category do not count."""
+    same = score_pope(pope(1.0, 0))
+    comparison = {"pope": compare_task([same], [same])}
+    add_verdicts(comparison)
+    assert comparison["pope"]["verdict"] == "no difference detected (too few units for any to be seen)"
+    assert comparison["pope"]["minimum_detectable_effect"] is None
+    items = [
+        {"category": category, "image": f"{k}", "target": "Yes", "answer": answer}
+        for k, (category, answer) in enumerate([("count", "yes"), ("count", "no"), ("scene", "yes")])
+    ]
+    entry = compare_task([score_mme(items)], [score_mme([{**item, "answer": "yes"} for item in items])])
+    assert all(np.isfinite(value) for measure in entry["measures"].values() for value in measure["interval"])
+    assert 0 < entry["p_value"] <= 1 and np.isfinite(entry["minimum_detectable_effect"])
 
 
 def test_runs_of_pairs_are_tested_by_the_bootstrap():
@@ -187,5 +220,5 @@ def test_runs_of_pairs_are_tested_by_the_bootstrap():
     ]
     base, model = [[score_mmvp(items[k], ()) for k in chosen] for chosen in ((0, 2), (1, 3))]
     entry = compare_task(base, model)
-    assert entry["test"] == "paired bootstrap over 40 images or groups and training runs"
+    assert entry["test"] == "t test over training runs and a bootstrap over 40 images or groups"
     assert 0 < entry["p_value"] <= 1 and entry["gained"] + entry["lost"] > 0
