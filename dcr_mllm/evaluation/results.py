@@ -7,13 +7,13 @@ import dataclasses
 import gc
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dcr_mllm.errors import UserError
+from dcr_mllm.log import rank
 from dcr_mllm.runs import atomic_directory, package_versions, write_text_atomic
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def load_tasks(config: EvalConfig, tasks: TaskNames) -> Loaded:
 
     with _one_voice():
         mllm = {name: load_task(name, config.data, Path("runs"), config.limit) for name in tasks.mllm}
-        if config.data == MINI and config.limit is None and _is_first():
+        if config.data == MINI and config.limit is None and rank() == 0:
             for data in mllm.values():
                 write_drawn_rows(data, Path("runs"))
         tower: dict[str, Any] = {}
@@ -138,7 +138,7 @@ def evaluate(
             for task, data in loaded.mllm.items():
                 answered = data.items(answers.given[task])
                 items[model][data.name], scored[model][data.name] = answered, data.score(answered)
-    elif not _is_first():
+    elif rank() > 0:
         return None
     if tasks.tower:
         _measure_towers(config, loaded, scored)
@@ -188,7 +188,7 @@ def _conditions(config: EvalConfig, loaded: Loaded, allow_differences: bool) -> 
         for model, path in config.models.items()
     }
     differences = check_fair(conditions, allow_differences)
-    for line in differences if _is_first() else ():
+    for line in differences if rank() == 0 else ():
         print(f"different conditions, {line}")
     return conditions, differences
 
@@ -286,14 +286,10 @@ def _write_answers(path: Path, items: list[dict[str, Any]] | None, scored: Score
     write_text_atomic(path, "\n".join(lines) + "\n")
 
 
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 @contextlib.contextmanager
 def _one_voice() -> Iterator[None]:
     """Of several processes only the first says what all of them find."""
-    with contextlib.nullcontext() if _is_first() else contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stdout(io.StringIO()):
         yield
 
 

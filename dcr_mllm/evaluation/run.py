@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 from dcr_mllm.cli import run_main
 from dcr_mllm.errors import UserError
+from dcr_mllm.log import rank
 from dcr_mllm.runs import write_json_atomic
 
 
@@ -142,7 +142,7 @@ def _run(options: argparse.Namespace) -> None:
         results = read_results(options.out / "results.json", RESULTS_VERSION)
     else:
         loaded = load_tasks(config, tasks)  # before the folder is made: missing data are a mistake of the user
-        first_process = int(os.environ.get("RANK", "0")) == 0
+        first_process = rank() == 0
         run = open_run(options.out.parent, config, option=option, create=first_process, ignore=("device",))
         with _alone(options.out) if first_process else contextlib.nullcontext():
             found = evaluate(config, tasks, loaded, options.out, allow_differences=options.allow_differences)

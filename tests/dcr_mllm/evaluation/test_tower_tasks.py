@@ -79,7 +79,7 @@ def test_drawn_benchmarks_have_the_numbers_of_the_tower_evaluation(measured, run
         assert not any(scored.undecodable for scored in measured[name].values())
     measures = expected["comparisons"]["siglip"]["measures"]
     for task, old in (("mmvp_vlm", "mmvp_vlm"), ("zero_shot", "zero_shot"), ("clustering", "nmi")):
-        entry = compare_task(measured["clip"][f"mini-{task}"], measured["siglip"][f"mini-{task}"])
+        entry = compare_task([measured["clip"][f"mini-{task}"]], [measured["siglip"][f"mini-{task}"]])
         assert entry["measures"][entry["headline"]]["difference"] == pytest.approx(measures[old]["difference"])
         if task != "clustering":  # whose interval has more resamples here
             assert entry["p_value"] == measures[old]["p_value"]
@@ -115,7 +115,7 @@ def test_retrieval_against_sorted_cosines(measured, runs: Path, towers: dict[str
 
 def test_results_can_be_compared_and_judged(measured):
     comparisons = {
-        task: compare_task(measured["clip"][task], measured["siglip"][task]) for task in measured["clip"]
+        task: compare_task([measured["clip"][task]], [measured["siglip"][task]]) for task in measured["clip"]
     }  # fmt: skip
     add_verdicts(comparisons)
     assert all(entry["verdict"] for entry in comparisons.values())
