@@ -10,6 +10,7 @@ from dcr_mllm.errors import UserError
 from dcr_mllm.evaluation import lmms_tasks
 from dcr_mllm.evaluation.lmms_tasks import check_other_tasks, lmms_name, other_task_folders
 from dcr_mllm.evaluation.mllm_tasks import TASKS
+from dcr_mllm.evaluation.pillow import kept_strict
 
 
 def test_every_benchmark_is_a_task_of_lmms_eval():
@@ -64,7 +65,8 @@ def test_names_do_not_clash_with_those_of_lmms_eval():
 
 def test_drawn_benchmarks_are_registered_for_lmms_evals_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`lmms-eval --include_path eval/tasks --tasks mini_mmvp,mini_pope`, from the repository's folder."""
-    from lmms_eval.tasks import TaskManager, get_task_dict
+    with kept_strict():  # for the tests that come after this one
+        from lmms_eval.tasks import TaskManager, get_task_dict
 
     from dcr_mllm.evaluation.mllm_data import load_task
     from dcr_mllm.mini.data import write_mmvp
