@@ -153,9 +153,9 @@ def test_clusterings_are_compared_on_the_same_resamples():
     _, worse = clusterings(1)
     worse[:, :60] = worse[:, 59::-1]
     base, model = score_clustering(truth, worse), score_clustering(truth, better)
-    entry = compare_task(base, model)
+    entry = compare_task([base], [model])
     assert entry["headline"] == "nmi" and entry["p_value"] < 0.01
-    same = compare_task(base, base)
+    same = compare_task([base], [base])
     assert same["measures"]["ari"]["interval"] == [0, 0] and same["p_value"] == 1.0
     expected = by_sklearn(truth, better)["acc"] - by_sklearn(truth, worse)["acc"]
     assert entry["measures"]["acc"]["difference"] == pytest.approx(expected)
