@@ -157,7 +157,8 @@ def measure_index() -> dict[str, Any]:
             )
             write_task(data, folder, folder)
         seconds, _ = timed(lambda: found.append(TaskManager("WARNING", include_path=name, include_defaults=False)))
-    tasks = sorted(found[0].all_tasks)
+    # Beside the tasks there are the tags that some of them have in lmms-eval.
+    tasks = sorted(name for name in found[0].all_tasks if name.startswith("dcr_"))
     assert tasks == sorted(map(lmms_name, TASKS)), tasks
     return {"seconds": seconds, "tasks": tasks}
 
