@@ -19,12 +19,14 @@ import torch
 from PIL import Image
 
 from dcr_mllm.conversation import TEMPLATES, Turn, prompt
-from dcr_mllm.evaluation import generation, run
+from dcr_mllm.evaluation import generation, lmms_tasks, run
 from dcr_mllm.evaluation.lmms_model import image_key
+from dcr_mllm.evaluation.mllm_data import load_task
 from dcr_mllm.evaluation.mllm_tasks import TASKS
 from dcr_mllm.evaluation.run import main
 from dcr_mllm.llava import load_llava, load_processor
 from dcr_mllm.mini.data import write_mmvp_vlm
+from dcr_mllm.mini.groups import write_pope
 from tests.benchmarks import ROWS, prompt_of, write_copy_of
 
 ROOT = Path(__file__).parents[3]
@@ -232,6 +234,23 @@ def test_unequal_conditions_are_refused_before_anything_is_asked(
     assert main([*arguments, "--allow-differences"]) == 0
     assert "different conditions, other: template" in capsys.readouterr().out
     assert "Asked under different conditions: other: template" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_other_tasks_pass_through(tmp_path: Path, two_llavas: list[Path], monkeypatch: pytest.MonkeyPatch):
+    """A task of lmms-eval that is not scored here: asked through the same model, its own scores, marked so."""
+    monkeypatch.chdir(tmp_path)
+    drawn = Path("runs", "mini-data", "test")
+    write_pope(drawn / "pope", num_images=1)
+    lmms_tasks.write_drawn_rows(load_task("pope", str(drawn), Path("runs")), Path("runs"))
+    known = {"mini_pope": ROOT / "eval" / "tasks" / "mini_pope.yaml"}
+    monkeypatch.setattr(lmms_tasks, "_files_by_task", lambda: known)
+    arguments = ["--tasks", "pope,mini_pope", "--models", str(two_llavas[0]), "--data", str(drawn), "--limit", "6"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    passed = results["passed_through"]["base"]["mini_pope"]
+    assert passed == results["scores"]["base"]["pope"]["lmms_eval"] and "pope_accuracy" in passed
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "## Passed through: scored by lmms-eval alone" in page and "mini_pope, base: pope accuracy" in page
 
 
 def test_models_of_one_name_are_told_apart(tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch):
