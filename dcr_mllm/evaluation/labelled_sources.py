@@ -20,6 +20,7 @@ import numpy as np
 
 from dcr_mllm.errors import UserError
 from dcr_mllm.evaluation.labelled import SPLITS, LabelledSet, Split, read_labelled_set
+from dcr_mllm.evaluation.local_datasets import load_parquet, split_files
 from dcr_mllm.evaluation.tar_images import tar_samples, tars_in
 
 if TYPE_CHECKING:
@@ -142,9 +143,11 @@ def _parquets(directory: Path) -> bool:
 def _datasets_split(directory: Path, split: str) -> Pictures:
     import datasets
 
-    load = datasets.load_dataset if _parquets(directory) else datasets.load_from_disk
     try:
-        stored = load(str(directory))
+        if _parquets(directory):
+            stored = load_parquet(directory, split_files(directory))
+        else:
+            stored = datasets.load_from_disk(str(directory))
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

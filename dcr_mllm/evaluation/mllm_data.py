@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr_mllm.errors import UserError
+from dcr_mllm.evaluation.local_datasets import load_parquet, split_files
 from dcr_mllm.evaluation.mllm_tasks import TASKS, MllmTask, Row
 from dcr_mllm.evaluation.pillow import strict
 from dcr_mllm.evaluation.scored import Scored
@@ -158,15 +159,13 @@ def _from_cache(name: str) -> Path:
 
 def _hub_copy(name: str, directory: Path) -> tuple[Any, list[str]]:
     """The split of a copy of the hub repository, and the files that it is in."""
-    from datasets import Image, load_dataset, load_dataset_builder
+    from datasets import Image
 
     spec = TASKS[name]
     try:
-        builder = load_dataset_builder(str(directory), name=spec.config)
-        files = [str(file) for file in (builder.config.data_files or {}).get(spec.split, [])]
+        files = split_files(directory, spec.config).get(spec.split, [])
         _check_shards(name, files)
-        # By its files: the cache of whole folders tells them apart by their last name alone.
-        table = load_dataset("parquet", data_files={spec.split: files}, split=spec.split) if files else None
+        table = load_parquet(directory, {spec.split: files}, spec.config)[spec.split] if files else None
     except UserError:
         raise
     except (ValueError, OSError) as error:

@@ -19,6 +19,7 @@ from dcr_mllm.evaluation.captioned import CaptionedSet, read_captioned_set
 from dcr_mllm.evaluation.labelled import Split
 from dcr_mllm.evaluation.labelled_sources import NamedSet, read_named_set
 from dcr_mllm.evaluation.llava_tower import tower_of as tower_of
+from dcr_mllm.evaluation.mllm_data import MINI
 from dcr_mllm.evaluation.mmvp_vlm import PROMPT, Pair, pair_logits, read_pairs, score_pairs
 from dcr_mllm.evaluation.tower import (
     KMEANS_STARTS,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-MINI = "mini"
 KMEANS_SEEDS = 5
 
 
@@ -318,10 +318,3 @@ def measure_tower_tasks(
                 measured[path][result] = _TASKS[task.task].measure(tower, data, limit)
                 logger.info("%s: %s in %.1f s", path, result, time.perf_counter() - started)
     return {name: measured[path] for name, path in towers.items()}
-
-
-def measure_tower_task(
-    towers: dict[str, Path], task: TowerTask, *, batch_size: int, device: str, limit: int | None = None
-) -> dict[str, dict[str, Scored]]:
-    """`measure_tower_tasks` of one benchmark."""
-    return measure_tower_tasks(towers, [task], batch_size=batch_size, device=device, limit=limit)

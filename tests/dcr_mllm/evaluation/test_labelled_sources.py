@@ -166,3 +166,21 @@ def test_datasets_without_known_labels_or_with_strange_columns(tmp_path: Path):
     datasets.Dataset.from_dict({"image": [1], "label": [0]}).save_to_disk(str(tmp_path / "odd"))
     with pytest.raises(UserError, match="0 are of type ClassLabel; name the one to use 'label'"):
         read_named_set(tmp_path / "odd", ("test",))
+
+
+def test_copies_of_one_name_are_not_one_set(tmp_path: Path):
+    """`zero_shot/cifar10` and `linear_probe/cifar10`: `datasets` caches folders by their last name."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])})
+    for number, place in enumerate(("a", "b")):
+        folder = tmp_path / place / "pets"
+        (folder / "data").mkdir(parents=True)
+        rows = [{"image": {"bytes": b"x", "path": None}, "label": label} for label in (0, number, 1)]
+        Dataset.from_list(rows, features=features).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: data/test-*\n---\n"
+        )
+    found = [read_named_set(tmp_path / place / "pets", ("test",)).labelled.test.classes.tolist() for place in "ab"]
+    assert found == [["0", "0", "1"], ["0", "1", "1"]]

@@ -16,7 +16,7 @@ from dcr_mllm.evaluation.features import DualEncoder
 from dcr_mllm.evaluation.labelled import LabelledSet, read_labelled_set
 from dcr_mllm.evaluation.scored import Scored
 from dcr_mllm.evaluation.tower import evaluate_towers
-from dcr_mllm.evaluation.tower_tasks import TOWER_TASKS, load_tower_task, measure_tower_task, measure_tower_tasks
+from dcr_mllm.evaluation.tower_tasks import TOWER_TASKS, load_tower_task, measure_tower_tasks
 from dcr_mllm.evaluation.verdicts import add_verdicts, compare_task
 from dcr_mllm.headers import tower_summary
 from dcr_mllm.mini import data as mini
@@ -177,8 +177,8 @@ def test_images_that_cannot_be_decoded_are_listed_and_wrong(tiny_clip: Path, tmp
         damaged(tmp_path / "whole" / task / "walls", write_labelled)
     for task in ("zero_shot", "clustering", "linear_probe"):
         scored, whole = (
-            measure_tower_task(
-                {"clip": tiny_clip}, load_tower_task(task, str(tmp_path / data), tmp_path), batch_size=8, device="cpu"
+            measure_tower_tasks(
+                {"clip": tiny_clip}, [load_tower_task(task, str(tmp_path / data), tmp_path)], batch_size=8, device="cpu"
             )["clip"][f"{task}/walls"]
             for data in ("data", "whole")
         )  # fmt: skip
@@ -201,7 +201,7 @@ def test_a_set_of_damaged_images_is_refused(tiny_clip: Path, tmp_path: Path, wri
     damaged(tmp_path / "zero_shot" / "walls", write_labelled, *range(24, 44))
     task = load_tower_task("zero_shot", str(tmp_path), tmp_path)
     with pytest.raises(UserError, match="none of 20 images can be decoded, the first: .*24.png, .*25.png, .*26.png"):
-        measure_tower_task({"clip": tiny_clip}, task, batch_size=8, device="cpu")
+        measure_tower_tasks({"clip": tiny_clip}, [task], batch_size=8, device="cpu")
 
 
 def test_a_limit_chooses_at_random_and_keeps_pairs(runs: Path, tiny_clip: Path):
@@ -223,7 +223,7 @@ def test_mmvp_vlm_lies_directly_in_its_folder(tiny_clip: Path, tmp_path: Path, w
     write_pairs(tmp_path / "mmvp_vlm", 2)
     (tmp_path / "mmvp_vlm" / "MLLM_VLM Images" / "Texts" / "29.jpg").write_bytes(b"no image")
     task = load_tower_task("mmvp_vlm", str(tmp_path), tmp_path)
-    scored = measure_tower_task({"clip": tiny_clip}, task, batch_size=8, device="cpu")["clip"]["mmvp_vlm"]
+    scored = measure_tower_tasks({"clip": tiny_clip}, [task], batch_size=8, device="cpu")["clip"]["mmvp_vlm"]
     assert np.flatnonzero(~scored.right).tolist() == [14] and len(scored.undecodable) == 1
     assert task.settings["mmvp_vlm"]["num_pairs"] == 18 and task.name == "mmvp_vlm"
 
@@ -240,4 +240,4 @@ def test_data_that_are_not_there_are_refused(tmp_path: Path, write_labelled, tin
         load_tower_task("zero_shot", str(tmp_path), tmp_path)
     task = load_tower_task("zero_shot", "mini", runs)
     with pytest.raises(UserError, match="model_type 'llava'"):
-        measure_tower_task({"llava": tiny_llava}, task, batch_size=8, device="cpu")
+        measure_tower_tasks({"llava": tiny_llava}, [task], batch_size=8, device="cpu")
