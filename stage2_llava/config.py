@@ -142,6 +142,8 @@ class Stage2Config:
     """Write `llava/` with the tensor names that older transformers and vLLM expect."""
 
     def __post_init__(self) -> None:
+        if self.heldout_limit is not None and self.heldout_limit < 1:
+            raise UserError(f"heldout_limit must be at least 1, found {self.heldout_limit}; leave it out to ask all.")
         if not self.towers:
             raise UserError("towers is empty; name at least one, e.g. towers='{baseline: DIR, enhanced: DIR}'.")
         for name in self.towers:

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from dcr_mllm.conversation import TEMPLATES, prompt
+from dcr_mllm.errors import UserError
 from dcr_mllm.llava import load_llava, load_processor
 from stage2_llava.chat import load_chatter, main, side_by_side
 from stage2_llava.collate import Collator, InstructionDataset
+from stage2_llava.config import Stage2Config
 from stage2_llava.heldout import answered_right, evaluate_heldout, format_heldout
 from stage2_llava.instructions import load_instructions
 from stage2_llava.step import LlavaStep
@@ -148,6 +150,8 @@ def test_only_so_many_questions_are_asked(questions: Path, tiny_llava: Path, tmp
     assert len({record["id"] for record in records}) == 4
     assert all(record["a"] == record["b"] == whole[record["id"]] for record in records)
     assert some["llavas"]["a"]["accuracy"] == 25 * sum(record["a"] for record in records)
+    with pytest.raises(UserError, match="heldout_limit must be at least 1, found 0"):
+        Stage2Config(towers={"a": "mini"}, llm="mini", heldout_limit=0)
 
 
 def test_chat_is_generation_from_the_saved_template(questions: Path, tiny_llava: Path):
