@@ -61,12 +61,17 @@ class Stage1Config:
     projector_steps: int = 100_000
     """Optimizer steps of the projector phase; 0 skips it (with `projector` given)."""
     projector_learning_rate: float = 1e-4
+    """AdamW's, in the projector phase."""
     tower_steps: int = 4600
     """Optimizer steps of the tower phase; 0 skips it."""
     tower_learning_rate: float = 1e-5
+    """AdamW's, in the tower phase."""
     lora_rank: int = 16
+    """Of the LoRA on the linear layers of the vision blocks."""
     lora_alpha: int = 16
+    """The update is scaled by alpha / rank."""
     lora_dropout: float = 0.1
+    """On the input of the LoRA, in training."""
 
     # Optimisation
     batch_size: int = 16
@@ -74,8 +79,11 @@ class Stage1Config:
     accumulation: int = 2
     """Micro-steps per optimizer step."""
     weight_decay: float = 0.01
+    """AdamW's."""
     max_grad_norm: float = 1.0
+    """Clipping; under DeepSpeed its file decides."""
     schedule: Literal["constant", "cosine", "linear", "constant_with_warmup"] = "constant"
+    """Of the learning rate, in each phase."""
     warmup_steps: int = 0
     """Used by every schedule but `constant`."""
     rows_per_chunk: int | Literal["auto"] = "auto"
@@ -88,6 +96,7 @@ class Stage1Config:
 
     # Data loading
     num_workers: int = 8
+    """Loader processes per rank."""
     shuffle_buffer: int = 2000
     """Images per shuffled block, per worker."""
     max_skipped_fraction: float = 0.05
@@ -97,6 +106,7 @@ class Stage1Config:
     save_every: int = 500
     """Optimizer steps between checkpoints; a killed run goes on from the last one."""
     log_every: int = 10
+    """Optimizer steps between lines of metrics.jsonl."""
     report_to: str | list[str] = "tensorboard"
     """Trackers of `transformers.TrainingArguments`; metrics.jsonl is always written."""
     evaluate: bool = False

@@ -20,11 +20,13 @@ class PhaseConfig:
     images: str | list[str] | None = None
     """Folder(s), or tars, in which the image names of `data` are looked up."""
     learning_rate: float
+    """AdamW's."""
     batch_size: int
     """Samples per optimizer step over all processes."""
     micro_batch_size: int
     """Samples per process and micro-step."""
     epochs: float = 1.0
+    """Passes over the data."""
     max_steps: int | None = None
     """Optimizer steps instead of `epochs`."""
     image_aspect_ratio: Literal["square", "pad"]
@@ -32,8 +34,11 @@ class PhaseConfig:
     group_by_modality: bool
     """Batches hold either samples with images or text-only ones."""
     warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Of the learning rate."""
     weight_decay: float = 0.0
+    """AdamW's."""
     max_grad_norm: float = 1.0
     """LLaVA ran unclipped or clipped at 1.0 depending on DeepSpeed's release. Under DeepSpeed its file decides."""
     cache_features: bool = False
@@ -67,6 +72,7 @@ class InstructConfig(PhaseConfig):
     learning_rate: float = 2e-4
     """Of the language model: 2e-4 for LoRA, LLaVA's full fine-tuning takes 2e-5."""
     projector_learning_rate: float = 2e-5
+    """Of the projector, which trains fully (LLaVA's `mm_projector_lr`)."""
     batch_size: int = 128
     micro_batch_size: int = 16
     image_aspect_ratio: Literal["square", "pad"] = "pad"
@@ -74,8 +80,11 @@ class InstructConfig(PhaseConfig):
     tuning: Literal["lora", "qlora", "full"] = "lora"
     """qlora: the frozen language model in four bits (bitsandbytes, CUDA only)."""
     lora_rank: int = 128
+    """Of the LoRA on all linear layers of the language model but `lm_head`."""
     lora_alpha: int = 256
+    """The update is scaled by alpha / rank."""
     lora_dropout: float = 0.05
+    """On the input of the LoRA, in training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +102,9 @@ class Stage2Config:
     run: str = "stage2"
     """Name of the run; results go to `<runs_dir>/<run>/<tower's name>/`."""
     runs_dir: str = "runs"
+    """Where runs live."""
     seed: int = 0
+    """Of everything: initialisation, data order, dropout, held-out draw."""
 
     # What is put together
     protocol: Literal["recipe", "instruct-only", "swap"] = "recipe"
@@ -109,6 +120,7 @@ class Stage2Config:
     template: str = "auto"
     """vicuna_v1, chatml, or auto: the one that the LLM's own chat template speaks."""
     vision_feature_layer: int = -2
+    """Hidden state of the tower that LLaVA reads."""
     max_length: int = 2048
     """Tokens of a sample, image tokens included; longer ones are cut at the end, never within an image."""
     stage1: str | None = None
@@ -122,9 +134,9 @@ class Stage2Config:
     heldout: str | None = None
     """Closed single-turn questions (LLaVA JSON, or `mini`) that every LLaVA answers at the end, seeing and blind."""
     heldout_images: str | None = None
+    """Where their image names are looked up."""
     heldout_limit: int | None = None
     """At most so many of them, drawn at random."""
-    """Where their image names are looked up."""
 
     # How it runs
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -133,11 +145,15 @@ class Stage2Config:
     """auto: ZeRO 2 with several processes, none with one. Or none, zero1, zero2, zero3, zero2_offload, zero3_offload,
     or the path of a DeepSpeed JSON. LLaVA used ZeRO 3 for the second phase."""
     gradient_checkpointing: bool = True
+    """Of the language model: less memory for about a third more time."""
     num_workers: int = 4
+    """Loader processes per rank."""
     save_every: int = 500
     """Optimizer steps between checkpoints; a killed run goes on from the last one."""
     log_every: int = 10
+    """Optimizer steps between lines of metrics.jsonl."""
     report_to: str | list[str] = "tensorboard"
+    """Trackers of `transformers.TrainingArguments`; metrics.jsonl is always written."""
     legacy_keys: bool = False
     """Write `llava/` with the tensor names that older transformers and vLLM expect."""
 
