@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes docs/configuration.md, every key of both stages' configs, from the dataclasses and their docstrings.
 
-    python scripts/config_reference.py [--check]     --check: write nothing, exit 1 if the file is out of date
+python scripts/config_reference.py [--check]     --check: write nothing, exit 1 if the file is out of date
 """
 
 from __future__ import annotations

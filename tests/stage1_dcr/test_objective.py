@@ -306,6 +306,8 @@ def test_reconstruction_loss():
 
 def test_auto_rows_per_chunk():
     assert auto_rows_per_chunk(16, "cpu") == 1
+    assert auto_rows_per_chunk(8, "cpu", latent_area=12 * 12) == 4  # the miniature
+    assert auto_rows_per_chunk(8, "cpu", latent_area=64 * 64) == 1
     assert auto_rows_per_chunk(16, "cuda") == 4
     assert auto_rows_per_chunk(16, torch.device("cuda", 0), latent_area=42 * 42) == 1
     assert auto_rows_per_chunk(2, "cuda") == 2
