@@ -137,10 +137,10 @@ def reconstruction_loss(
 def auto_rows_per_chunk(batch_size: int, device: torch.device | str, *, latent_area: int = _REFERENCE_AREA) -> int:
     """Rows of the grid to run at a time.
 
-    On a CPU one row of ``B + 1`` samples at 28 x 28 already keeps all cores busy, and larger chunks only leave the caches;
-    one row also lets everything before the first cross-attention be shared by views instead of copies. The miniature's
-    rows (9 samples at 12 x 12) are so small that starting the operations costs as much as doing them: four at a time
-    take two thirds of the time of one by one.
+    On a CPU one row of ``B + 1`` samples at 28 x 28 already keeps all cores busy, and larger chunks only leave the
+    caches; one row also lets everything before the first cross-attention be shared by views instead of copies. The
+    miniature's rows (9 samples at 12 x 12) are so small that starting the operations costs as much as doing them: four
+    at a time take two thirds of the time of one by one.
 
     On an accelerator one row of 17 samples of 28 x 28 latents is too little work for the launch costs of a UNet, and
     several rows fill the card. 68 samples (four rows at batch 16) take about 13 GB with Stable Diffusion 2 in bf16,
