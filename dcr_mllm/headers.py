@@ -217,8 +217,8 @@ def weight_file(directory: str | os.PathLike[str], variant: str | None = None) -
     )
     if peers:
         raise UserError(
-            f"{directory} has its weights only as {peers[0]}, which is not loaded for safety; convert it to "
-            "safetensors (load it with its library and call save_pretrained) or download a revision that has them"
+            f"{directory} has its weights only as {peers[0]}, which is not loaded for safety; convert it with "
+            f"`dcr-mllm to-safetensors {directory} OUT`, or download a revision that has safetensors"
         )
     expected = "diffusion_pytorch_model.safetensors" if directory.name in ("unet", "vae") else "model.safetensors"
     raise UserError(f"{directory / expected} is missing (nor is there a shard index)")

@@ -107,7 +107,7 @@ def test_variants(tmp_path: Path) -> None:
 
 def test_pickled_weights_are_refused_with_advice(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(UserError, match="pytorch_model.bin.*convert it to safetensors"):
+    with pytest.raises(UserError, match="pytorch_model.bin.*dcr-mllm to-safetensors"):
         weight_file(tmp_path)
 
 
