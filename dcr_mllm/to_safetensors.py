@@ -1,7 +1,7 @@
 """Model directories whose weights are pickles (`pytorch_model.bin`), written again as safetensors.
 
-Many repositories of the recipe have nothing else (`lmsys/vicuna-7b-v1.5`, `openai/clip-vit-large-patch14-336`), and
-nothing here loads pickles. They are read with `weights_only=True`, which runs no code of theirs, one file at a time.
+Older repositories have nothing else, and nothing here loads pickles. They are read with `weights_only=True`, which runs
+no code of theirs, one file at a time.
 """
 
 from __future__ import annotations
