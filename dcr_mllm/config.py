@@ -146,6 +146,21 @@ def differences(a: Any, b: Any) -> list[str]:
     return lines
 
 
+def with_defaults(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that an earlier release has written, with the defaults of the keys that have been added since."""
+    filled, hints = dict(stored), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        nested = _dataclass_of(hints[field.name])
+        if nested is not None and isinstance(filled.get(field.name), Mapping):
+            filled[field.name] = with_defaults(nested, filled[field.name])
+        elif field.name not in filled and field.default is not dataclasses.MISSING:
+            filled[field.name] = field.default
+        elif field.name not in filled and field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+            filled[field.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
+    return filled
+
+
 def available_configs(package_dir: str | Path) -> list[str]:
     """Bare names of the configs shipped in a folder."""
     return sorted(path.stem for path in Path(package_dir).glob("*.yaml"))

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from dcr_mllm.config import differences, read_yaml, to_dict, to_yaml
+from dcr_mllm.config import differences, read_yaml, to_dict, to_yaml, with_defaults
 from dcr_mllm.errors import UserError
 
 CONFIG_FILE = "config.yaml"
@@ -110,9 +110,8 @@ def open_run(
     path = root / name
     stored_file = path / CONFIG_FILE
     if stored_file.is_file():
-        changed = [
-            line for line in differences(read_yaml(stored_file), config) if line.split(":")[0] not in set(ignore)
-        ]
+        stored = with_defaults(type(config), read_yaml(stored_file))
+        changed = [line for line in differences(stored, config) if line.split(":")[0] not in set(ignore)]
         finished = (path / FINISHED_FILE).is_file()
         if changed:
             raise UserError(

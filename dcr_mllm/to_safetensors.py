@@ -76,9 +76,7 @@ def _convert_file(file: Path, target: Path) -> None:
     except Exception as error:
         raise UserError(f"{file} cannot be read as plain tensors: {str(error).splitlines()[0]}") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(
-            f"{file} holds more than named tensors; a training checkpoint has to be unpacked first"
-        )
+        raise UserError(f"{file} holds more than named tensors; a training checkpoint has to be unpacked first")
     save_file(_own_memory(state), target, metadata={"format": "pt"})
 
 

@@ -62,6 +62,30 @@ def test_another_config_is_refused_and_nothing_touched(tmp_path: Path, finished:
     assert tree(tmp_path) == before
 
 
+@dataclasses.dataclass(kw_only=True)
+class Hardware:
+    tf32: bool = False
+
+
+@dataclasses.dataclass(kw_only=True)
+class LaterExample(Example):
+    """What a later release has made of it."""
+
+    negatives: str = "local"
+    range: tuple[int, int] = (0, 9)
+    hardware: Hardware = dataclasses.field(default_factory=Hardware)
+
+
+def test_run_of_an_earlier_release_goes_on_where_new_keys_have_their_defaults(tmp_path: Path) -> None:
+    path = open_run(tmp_path, Example()).path
+    assert open_run(tmp_path, LaterExample()).state == "resumable"
+    for changed in (LaterExample(negatives="global"), LaterExample(hardware=Hardware(tf32=True))):
+        with pytest.raises(UserError, match="local -> global|tf32: false -> true|tf32: False -> True"):
+            open_run(tmp_path, changed)
+    (path / "config.yaml").write_text((path / "config.yaml").read_text() + "hardware: {}\n")
+    assert open_run(tmp_path, LaterExample()).state == "resumable"
+
+
 def test_foreign_folders_and_names_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mini").mkdir()
     (tmp_path / "mini" / "thesis.txt").write_text("mine")
