@@ -23,8 +23,10 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import sort_checkpoints
 
 from dcr_mllm.errors import UserError
+from dcr_mllm.hardware import HardwareConfig, tf32_argument
 from dcr_mllm.launch import Launch, use_single_process_environment
 from dcr_mllm.log import get_logger
+from dcr_mllm.prefetch import Prefetcher
 from dcr_mllm.runs import write_text_atomic
 
 logger = get_logger(__name__)
@@ -117,6 +119,10 @@ class StageConfig(Protocol):
     log_every: int
     report_to: str | list[str]
 
+    @property
+    def hardware(self) -> HardwareConfig:
+        """Of either stage; read only, as each stage has a class of its own."""
+
 
 def stage_arguments(
     config: StageConfig, launch: Launch, phase: str, directory: Path, **specific: Any
@@ -140,6 +146,7 @@ def stage_arguments(
         optim="adamw_torch",
         bf16=launch.precision == "bf16",
         use_cpu=launch.device == "cpu",
+        tf32=tf32_argument(config.hardware, launch.device),
         deepspeed=str(launch.deepspeed) if launch.deepspeed else None,
         logging_steps=config.log_every,
         logging_first_step=True,
@@ -169,12 +176,13 @@ class StreamTrainer(Trainer):
         metrics: Metrics,
         metrics_file: Path,
         phase: str,
+        prefetch: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs, callbacks=[StopOnBadLoss()])
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossOnTheBar())
-        self._loader = loader
+        self._loader: Any = Prefetcher(loader, self.args.device) if prefetch else loader
         self.position = position
         self.metrics = metrics
         self._metrics_file = metrics_file

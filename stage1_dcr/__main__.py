@@ -16,6 +16,7 @@ from typing import Any
 from dcr_mllm.cli import run_main
 from dcr_mllm.command import parse_stage
 from dcr_mllm.config import to_yaml
+from dcr_mllm.hardware import warn_ignored
 from dcr_mllm.launch import announces, decide, is_child, start_processes
 from dcr_mllm.log import get_logger, rank
 from dcr_mllm.runs import Run, open_run
@@ -57,6 +58,7 @@ def _main(argv: list[str]) -> int:
         for note in notes:
             print(note)
         print(f"run directory: {run.path} ({run.state})", flush=True)
+        warn_ignored(config.hardware, launch.device)
     if options.dry_run:
         from stage1_dcr.estimate import time_table, trainable_table
         from stage1_dcr.train import Stage1

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dcr_mllm.errors import UserError
+from stage1_dcr.hardware import Stage1Hardware
 from stage1_dcr.view_config import ViewConfig
 
 
@@ -93,6 +94,8 @@ class Stage1Config:
     deepspeed: str = "auto"
     """auto: ZeRO 2 with several processes, none with one. Or none, zero1, zero2, zero3, zero2_offload, zero3_offload,
     or the path of a DeepSpeed JSON."""
+    hardware: Stage1Hardware = field(default_factory=Stage1Hardware)
+    """How the accelerator is used; see docs/gpu.md."""
 
     # Data loading
     num_workers: int = 8
@@ -131,6 +134,11 @@ class Stage1Config:
             raise UserError(f"batch_size must be at least 2 (one image has no negatives), found {self.batch_size}.")
         if self.rows_per_chunk != "auto" and self.rows_per_chunk < 1:
             raise UserError(f"rows_per_chunk must be auto or at least 1, found {self.rows_per_chunk}.")
+        if self.hardware.wants_fixed_shapes and self.rows_per_chunk != "auto" and self.batch_size % self.rows_per_chunk:
+            raise UserError(
+                f"hardware.compile and hardware.cuda_graphs want chunks of one size, but rows_per_chunk "
+                f"{self.rows_per_chunk} does not divide batch_size {self.batch_size}: take a divisor, or auto."
+            )
         low, high = self.timestep_range
         if not 0 <= low < high:
             raise UserError(f"timestep_range must be [low, high) with 0 <= low < high, found [{low}, {high}).")

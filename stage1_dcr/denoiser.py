@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dcr_mllm.errors import UserError
 from stage1_dcr import shared_prompt
+from stage1_dcr.graphs import RecordedPredict
 
 PredictionType = Literal["epsilon", "velocity"]
 # What checkpoints call it -> what this project calls it.
@@ -71,6 +72,7 @@ class Denoiser:
         self._alphas_cumprod = noise_schedule.detach().float()
         self._prompt = prompt.detach().float()
         self._grid = shared_prompt.install(self._unet, self._prompt)
+        self._recorded: RecordedPredict | None = None
 
     @classmethod
     def load(
@@ -149,7 +151,12 @@ class Denoiser:
         self._unet.to(device)
         self._alphas_cumprod = self._alphas_cumprod.to(device)
         self._prompt = self._prompt.to(device)
+        shared_prompt.compute_constants(self._unet)
         return self
+
+    def record_graphs(self) -> None:
+        """From now on, replay CUDA graphs where there is CUDA; the denoiser must not be moved after its first use."""
+        self._recorded = RecordedPredict(self._predict)
 
     def modules(self) -> dict[str, nn.Module]:
         """The frozen networks by name, to count and to check them."""
@@ -216,9 +223,18 @@ class Denoiser:
         Returns:
             ``[R, n, C, h, w]`` in the UNet's precision.
         """
+        if conditions.shape[2] != self.cross_attention_dim:
+            raise ValueError(
+                f"conditions have width {conditions.shape[2]}, the denoiser takes {self.cross_attention_dim}."
+            )
+        if self._recorded is not None and shared_prompt and noisy_latents.is_cuda:
+            return self._recorded(noisy_latents, timesteps, conditions)
+        return self._predict(noisy_latents, timesteps, conditions, shared_prompt=shared_prompt)
+
+    def _predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor, *, shared_prompt: bool = True
+    ) -> Tensor:
         rows, n, width = conditions.shape
-        if width != self.cross_attention_dim:
-            raise ValueError(f"conditions have width {width}, the denoiser takes {self.cross_attention_dim}.")
         with torch.autocast(noisy_latents.device.type, enabled=False):
             latents = repeat_rows(noisy_latents.to(self.dtype), n)
             times = repeat_rows(timesteps, n)

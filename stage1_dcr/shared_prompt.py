@@ -147,6 +147,10 @@ class SharedPromptAttention:
             )
         return attn.to_out[0](attended.transpose(1, 2).reshape(samples, length, -1))
 
+    def compute_constants(self, attn: Attention) -> None:
+        """Computes what is constant on the device of the layer now, before its first use."""
+        self._keys_and_values(attn)
+
     def _keys_and_values(self, attn: Attention) -> tuple[Tensor, Tensor]:
         """The prompt's keys and values, ``[1, heads, tokens, head_width]`` each; computed at first use."""
         weight = attn.to_k.weight
@@ -183,6 +187,13 @@ def install(unet: UNet2DConditionModel, prompt: Tensor) -> Grid | None:
             original = module.processor
             module.set_processor(SharedPromptAttention(prompt, grid, original, first=module is first_layer))
     return grid
+
+
+def compute_constants(unet: UNet2DConditionModel) -> None:
+    """Computes the constants of all layers; a compiled layer would be compiled once to compute its own, then again."""
+    for module in unet.modules():
+        if isinstance(module, Attention) and isinstance(module.processor, SharedPromptAttention):
+            module.processor.compute_constants(module)
 
 
 def _not_covered(unet: UNet2DConditionModel) -> str | None:

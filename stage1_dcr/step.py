@@ -115,7 +115,7 @@ class TrainingStep(nn.Module):
                 rows_per_chunk=rows,
             )
             values = {name: value for name, value in stats._asdict().items() if isinstance(value, Tensor)}
-            values["num_negatives"] = torch.tensor(float(stats.num_negatives), device=loss.device)
+            values["num_negatives"] = torch.full((), float(stats.num_negatives), device=loss.device)
         else:
             both = tower_pixels
             features = self._features(both)

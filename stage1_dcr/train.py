@@ -30,6 +30,7 @@ from dcr_mllm.towers import (
 )
 from stage1_dcr.config import Stage1Config
 from stage1_dcr.denoiser import Denoiser
+from stage1_dcr.hardware import choose_attention, prepare_denoiser
 from stage1_dcr.images import StreamPosition, fingerprint, make_loader
 from stage1_dcr.projector import Projector
 from stage1_dcr.step import Phase, TrainingStep
@@ -52,6 +53,8 @@ class Stage1:
         self.denoiser = Denoiser.load(
             self.denoiser_path, device="cpu", dtype=self.dtype, prediction_type=config.prediction_type
         )
+        prepare_denoiser(self.denoiser, config.hardware)
+        choose_attention(config.hardware.attention)
         self.tower: VisionTower = vision_tower(load_full_model(self.tower_path))
         self.latent_shape = self.denoiser.latent_shape(config.diffusion_size or self.statistics.size)
         self.crop_size = max(self.statistics.size, config.diffusion_size or self.statistics.size)
@@ -164,6 +167,7 @@ def run_phase(stage: Stage1, phase: Phase, projector: Projector, run: Run, data:
         metrics=module.metrics,
         metrics_file=metrics_file,
         phase=phase,
+        prefetch=config.hardware.prefetch,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = gathered_trainable_state(trainer)

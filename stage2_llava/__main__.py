@@ -17,6 +17,7 @@ from dcr_mllm.cli import run_main
 from dcr_mllm.command import parse_stage
 from dcr_mllm.config import to_yaml
 from dcr_mllm.errors import UserError
+from dcr_mllm.hardware import warn_ignored
 from dcr_mllm.launch import Launch, announces, decide, is_child, start_processes
 from dcr_mllm.log import rank
 from dcr_mllm.runs import Run, open_run
@@ -56,6 +57,7 @@ def _main(argv: list[str]) -> int:
         for note in notes:
             print(note)
         print(f"run directory: {run.path} ({run.state})", flush=True)
+        warn_ignored(config.hardware, launch.device)
     if options.dry_run:
         if config.phases():
             from stage2_llava.train import phase_tables

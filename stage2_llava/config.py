@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dcr_mllm.errors import UserError
+from dcr_mllm.hardware import HardwareConfig
 
 KEEP = "keep"
 """As a tower: the one that is inside `llava` already."""
@@ -96,6 +97,15 @@ class InstructConfig(PhaseConfig):
 
 
 @dataclass(kw_only=True)
+class Stage2Hardware(HardwareConfig):
+    """What stage 2 can be told about the accelerator."""
+
+    tf32: bool = True
+    """As LLaVA's scripts: matrix products of fp32 tensors with 10 bits of mantissa instead of 23 (CUDA, Ampere and
+    newer)."""
+
+
+@dataclass(kw_only=True)
 class Stage2Config:
     """One LLaVA per tower; all of them see the same data in the same order, from the same seed."""
 
@@ -144,6 +154,8 @@ class Stage2Config:
     deepspeed: str = "auto"
     """auto: ZeRO 2 with several processes, none with one. Or none, zero1, zero2, zero3, zero2_offload, zero3_offload,
     or the path of a DeepSpeed JSON. LLaVA used ZeRO 3 for the second phase."""
+    hardware: Stage2Hardware = field(default_factory=Stage2Hardware)
+    """How the accelerator is used; see docs/gpu.md."""
     gradient_checkpointing: bool = True
     """Of the language model: less memory for about a third more time."""
     num_workers: int = 4

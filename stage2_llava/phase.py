@@ -164,6 +164,7 @@ def train_phase(
         metrics=step.metrics,
         metrics_file=arm / "metrics.jsonl",
         phase=name,
+        prefetch=config.hardware.prefetch,
         groups=parameter_groups(
             step,
             learning_rate=phase.learning_rate,
@@ -211,7 +212,6 @@ def _arguments(
         max_grad_norm=phase.max_grad_norm,
         lr_scheduler_type=phase.schedule,
         warmup_steps=math.ceil(phase.warmup_ratio * steps),
-        tf32=True if launch.device == "cuda" else None,
     )
 
 
