@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -132,10 +131,9 @@ def test_prefetched_batches_are_whole():
     """While the consumer is busy, copies overtake it; what it reads must be its own batch, and the cursor at home."""
     from dcr_mllm.prefetch import Prefetcher
 
-    items = [
-        {"images": torch.full((64, 1024), float(i)), "cursor": torch.tensor([i]), "keys": str(i)} for i in range(8)
-    ]
-    loader = DataLoader(copy.deepcopy(items), batch_size=None, pin_memory=True)
+    images = [torch.full((64, 1024), float(i)) for i in range(8)]
+    items = [{"images": image, "cursor": torch.tensor([i]), "keys": str(i)} for i, image in enumerate(images)]
+    loader = DataLoader(items, batch_size=None, pin_memory=True)
     sums = []
     for i, found in enumerate(Prefetcher(loader, torch.device("cuda"))):
         assert found["images"].is_cuda and found["cursor"].device.type == "cpu" and found["keys"] == str(i)

@@ -100,6 +100,22 @@ def test_run_directory_holds_everything(finished: Path, tiny_clip: Path):
     assert json.loads((finished / "finished.json").read_text())["tower"].endswith("tower")
 
 
+def test_hardware_settings_change_no_loss(finished: Path, settings: dict, tmp_path: Path):
+    """On a CPU some are ignored, with a warning each, and the others give the same numbers."""
+    hardware = {"tf32": True, "prefetch": True, "cuda_graphs": True, "channels_last": True, "attention": "math"}
+    changes = {"hardware": hardware, "projector_steps": 2, "tower_steps": 0}
+    argv, environment = command(tmp_path, settings, **changes)
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found = losses(tmp_path / "runs" / "test")
+    expected = [line for line in losses(finished) if line[0] == "projector"][:2]
+    assert [line[:2] for line in found] == [line[:2] for line in expected]
+    assert [line[2] for line in found] == pytest.approx([line[2] for line in expected], rel=1e-5)
+    for name in ("tf32", "prefetch", "cuda_graphs"):
+        assert done.stderr.count(f"hardware.{name} does nothing on a CPU and is ignored") == 1
+    assert "channels_last does nothing" not in done.stderr
+
+
 def test_siglip_tower_trains_and_is_exported(settings: dict, tiny_siglip: Path, tmp_path: Path):
     from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
 
