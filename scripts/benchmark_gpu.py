@@ -340,29 +340,29 @@ def measure_cell(models: Models, side: str, batch_size: int, options: argparse.N
 def measure(step: Callable[[], Tensor], options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of the first step and the median of later ones, and the peak memory of those."""
 
-    def timed() -> float:
+    def timed() -> tuple[float, Tensor]:
         start = time.perf_counter()
-        step()
+        loss = step()
         if options.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, loss
 
-    first = timed()
+    first, loss = timed()
     timed()  # kernels are chosen and caches are filled within two steps
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        seconds = [timed() for _ in range(options.steps)]
+        seconds = [timed()[0] for _ in range(options.steps)]
         peak = torch.cuda.max_memory_allocated()
     else:
         give_memory_back()
         with PeakMemory() as memory:
-            seconds = [timed() for _ in range(options.steps)]
+            seconds = [timed()[0] for _ in range(options.steps)]
         peak = memory.peak - memory.before
     return {
         "seconds": statistics.median(seconds),
         "first_seconds": first,
         "peak_bytes": peak,
-        "loss": step().item(),
+        "loss": loss.item(),
     }
 
 

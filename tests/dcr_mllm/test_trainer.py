@@ -10,13 +10,17 @@ import torch
 from torch import nn
 
 from dcr_mllm.errors import UserError
+from dcr_mllm.launch import Launch
+from dcr_mllm.prefetch import Prefetcher
 from dcr_mllm.trainer import (
     COMPLETE,
     Metrics,
+    StreamTrainer,
     cut_metrics,
     keep_trainable_only,
     last_checkpoint,
     read_position,
+    stage_arguments,
     trainable_state,
 )
 
@@ -65,3 +69,36 @@ def test_resumed_run_does_not_log_steps_twice(tmp_path: Path):
     cut_metrics(file, "tower", 2)
     kept = [json.loads(line) for line in file.read_text().splitlines()]
     assert kept == records[:5]
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_batches_come_through_the_prefetcher_where_it_is_asked_for(tmp_path: Path, prefetch: bool):
+    from torch.utils.data import DataLoader
+    from transformers import TrainingArguments
+
+    from stage1_dcr.images import StreamPosition
+
+    loader = DataLoader([1, 2])
+    trainer = StreamTrainer(
+        model=nn.Linear(1, 1),
+        args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
+        loader=loader,
+        position=StreamPosition(),
+        metrics=Metrics(),
+        metrics_file=tmp_path / "metrics.jsonl",
+        phase="projector",
+        prefetch=prefetch,
+    )
+    found = trainer.get_train_dataloader()
+    assert isinstance(found, Prefetcher) == prefetch
+    assert (found.loader if prefetch else found) is loader
+
+
+@pytest.mark.parametrize("device, tf32", [("cpu", None), ("cuda", False)])
+def test_tf32_is_decided_and_not_left_to_pytorch(tmp_path: Path, device: str, tf32: bool | None):
+    """PyTorch's default has convolutions in TF32 and products not; on CUDA the Trainer is told."""
+    from stage1_dcr.config import Stage1Config
+
+    config = Stage1Config(tower="a", denoiser="b", report_to="none")
+    launch = Launch(device=device, num_processes=1, precision="fp32", deepspeed=None)
+    assert stage_arguments(config, launch, "tower", tmp_path).tf32 is tf32

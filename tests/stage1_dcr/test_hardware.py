@@ -36,7 +36,8 @@ def test_compiled_blocks_are_whole_graphs(tiny_denoiser: Path):
     cases.compiled_blocks_change_nothing(tiny_denoiser, "cpu", "eager")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # minutes of C++ compilation
+@pytest.mark.timeout(1200)
 def test_compiled_blocks(tiny_denoiser: Path):
     cases.compiled_blocks_change_nothing(tiny_denoiser, "cpu", "inductor")
 
