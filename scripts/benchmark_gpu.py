@@ -325,6 +325,8 @@ def measure_cell(models: Models, side: str, batch_size: int, options: argparse.N
     area = models.denoiser.latent_shape(models.statistics.size)[1] ** 2
     rows = options.rows_per_chunk or auto_rows_per_chunk(batch_size, models.device, latent_area=area)
     rows = batch_size if side == "dense" else min(rows, batch_size)
+    if models.hardware.cuda_graphs:
+        models.denoiser.record_graphs()  # anew: recordings of other batch sizes hold memory
     release(options.device)
     try:
         found = measure(case_of(models, side, batch_size, rows), options)

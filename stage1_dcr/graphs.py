@@ -14,20 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcr_mllm.errors import UserError
+
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """See `stage1_dcr.objective.Predict`."""
+
+
+def require_recording() -> None:
+    """Refuse releases of PyTorch that can only record while no thread of the process calls CUDA: the one that pins
+    batches does, and the error would end the run."""
+    if "capture_error_mode" not in inspect.signature(torch.cuda.make_graphed_callables).parameters:
+        raise UserError(
+            "hardware.cuda_graphs needs a PyTorch whose torch.cuda.make_graphed_callables takes capture_error_mode, as "
+            f"2.14 does; this is {torch.__version__}: upgrade it or leave hardware.cuda_graphs out."
+        )
 
 
 def record(predict: Predict, inputs: tuple[Tensor, ...]) -> Predict:
     """Record forward and backward pass for inputs like these; what comes back copies its arguments in and replays."""
     samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
-    options: dict[str, Any] = {}
-    # By default a recording fails when any thread of the process allocates; the one that pins batches does.
-    if "capture_error_mode" in inspect.signature(torch.cuda.make_graphed_callables).parameters:
-        options["capture_error_mode"] = "thread_local"
     # PyTorch refuses to record while autocast caches its casts; the denoiser runs without autocast anyway.
     with torch.autocast("cuda", enabled=False):
-        return torch.cuda.make_graphed_callables(predict, samples, **options)
+        return torch.cuda.make_graphed_callables(predict, samples, capture_error_mode="thread_local")
 
 
 class RecordedPredict:

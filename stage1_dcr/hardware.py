@@ -26,12 +26,11 @@ class Stage1Hardware(HardwareConfig):
 
     attention: Literal["auto", "fused", "math"] = "auto"
     """Kernels of tower, UNet and VAE. auto: PyTorch chooses layer by layer. fused: flash or memory-efficient ones only;
-    a layer that neither can run stops the run. math: written-out products, which take most memory and repeat to the
-    bit."""
+    a layer that neither can run stops the run. math: written-out products, which take most memory."""
     channels_last: bool = False
     """Weights of the UNet and the VAE in NHWC order, which convolutions on tensor cores want."""
     compile: bool = False
-    """torch.compile of the UNet's residual and transformer blocks, in fixed shapes: the first step takes minutes."""
+    """torch.compile of the UNet's residual and transformer blocks, in fixed shapes; the first step does the work."""
     cuda_graphs: bool = False
     """Record the UNet's forward and backward pass once and replay them, without the host's work per kernel (CUDA).
     Keeps the memory of one chunk for good."""
@@ -55,12 +54,15 @@ def prepare_denoiser(denoiser: Denoiser, hardware: Stage1Hardware) -> None:
     """Apply the settings to a denoiser, once, on any device; it may be moved afterwards, before its first use."""
     import torch
 
+    from stage1_dcr.graphs import require_recording
+
     if hardware.channels_last:
         for module in denoiser.modules().values():
             module.to(memory_format=torch.channels_last)
     if hardware.compile:
         compile_blocks(denoiser.modules()["unet"])
     if hardware.cuda_graphs:
+        require_recording()
         denoiser.record_graphs()
 
 

@@ -41,11 +41,12 @@ def step(denoiser, size, device, rows_per_chunk):
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 4])
-def test_same_as_on_the_cpu(directory, rows_per_chunk, monkeypatch):
+def test_same_as_on_the_cpu(directory, rows_per_chunk):
+    from transformers.utils.import_utils import enable_tf32
+
     from stage1_dcr.denoiser import Denoiser
 
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    enable_tf32(False)
     expected_loss, expected = step(Denoiser.load(directory), 6, "cpu", 1)
     loss, grads = step(Denoiser.load(directory, device="cuda"), 6, "cuda", rows_per_chunk)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-5)

@@ -36,6 +36,12 @@ def test_cuda_graphs(tiny_denoiser: Path, rows_per_chunk: int, num_recordings: i
     cases.recorded_changes_nothing(tiny_denoiser, "cuda", record, rows_per_chunk, num_recordings)
 
 
+def test_gradients_from_cuda_graphs_are_kept(tiny_denoiser: Path):
+    from stage1_dcr.graphs import record
+
+    cases.recorded_gradients_are_kept(tiny_denoiser, "cuda", record)
+
+
 def test_cuda_graphs_of_compiled_blocks_under_autocast(tiny_denoiser: Path):
     """The way training uses them: all settings at once, the first step within the Trainer's autocast."""
     from stage1_dcr.denoiser import Denoiser
@@ -48,6 +54,38 @@ def test_cuda_graphs_of_compiled_blocks_under_autocast(tiny_denoiser: Path):
     for _ in range(2):
         with torch.autocast("cuda", torch.bfloat16):
             cases.assert_same(cases.loss_and_gradients(denoiser), expected)
+
+
+def test_row_loop_can_be_recorded_whole(tiny_denoiser: Path):
+    """Loop, loss and backward pass of the batch in one CUDA graph: nothing in it depends on values."""
+    from stage1_dcr.denoiser import Denoiser
+    from stage1_dcr.objective import dcr_loss
+
+    denoiser = Denoiser.load(tiny_denoiser, device="cuda")
+    shape = denoiser.latent_shape(32)
+    leaves = [torch.randn(4, cases.WIDTH, device="cuda", requires_grad=True) for _ in range(2)]
+    noisy, target = (torch.randn(4, *shape, device="cuda") for _ in range(2))
+    timesteps = torch.randint(0, 1000, (4,), device="cuda")
+
+    def step():
+        loss, _ = dcr_loss(*leaves, noisy, timesteps, target, denoiser.predict, rows_per_chunk=2)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    for tensor in (*leaves, noisy, target):
+        tensor.data.normal_()
+    timesteps.random_(0, 1000)
+    graph.replay()
+    for found, expected in zip(recorded, step(), strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_attention_kernels(tiny_denoiser: Path):

@@ -99,6 +99,21 @@ def recorded_changes_nothing(
     assert len(made) == num_recordings
 
 
+def recorded_gradients_are_kept(directory: Path, device: str, record: Callable[..., Any]) -> None:
+    """A gradient that lies in a leaf is not overwritten by the next replay."""
+    from stage1_dcr.graphs import RecordedPredict
+
+    denoiser = Denoiser.load(directory, device=device)
+    recorded = RecordedPredict(denoiser.predict, record)
+    latents, timesteps = torch.randn(1, *denoiser.latent_shape(32)).to(device), torch.tensor([500]).to(device)
+    leaves = [torch.randn(1, 3, WIDTH).to(device).requires_grad_() for _ in range(2)]
+    for leaf in leaves:
+        recorded(latents, timesteps, leaf).square().sum().backward()
+    for leaf in leaves:
+        (expected,) = torch.autograd.grad(denoiser.predict(latents, timesteps, leaf).square().sum(), leaf)
+        assert (leaf.grad - expected).norm() <= 1e-5 * expected.norm()
+
+
 def record_on_the_cpu(predict: Any, inputs: tuple[Tensor, ...]) -> Any:
     """Stands for `torch.cuda.make_graphed_callables`: one buffer each for inputs, prediction and gradient, which every
     replay overwrites."""

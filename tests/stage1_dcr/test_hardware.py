@@ -44,8 +44,12 @@ def test_compiled_blocks(tiny_denoiser: Path):
 
 # In chunks of one size there is one recording; a last chunk of its own size needs another.
 @pytest.mark.parametrize("rows_per_chunk, num_recordings", [(1, 1), (2, 1), (3, 2), (4, 1)])
-def test_recorded_predictions_survive_the_next_replay(tiny_denoiser: Path, rows_per_chunk: int, num_recordings: int):
+def test_steps_from_recordings_are_the_plain_ones(tiny_denoiser: Path, rows_per_chunk: int, num_recordings: int):
     cases.recorded_changes_nothing(tiny_denoiser, "cpu", cases.record_on_the_cpu, rows_per_chunk, num_recordings)
+
+
+def test_recorded_gradients_are_kept(tiny_denoiser: Path):
+    cases.recorded_gradients_are_kept(tiny_denoiser, "cpu", cases.record_on_the_cpu)
 
 
 def test_recording_is_for_cuda_only(tiny_denoiser: Path):
@@ -55,6 +59,12 @@ def test_recording_is_for_cuda_only(tiny_denoiser: Path):
     prepare_denoiser(denoiser, Stage1Hardware(cuda_graphs=True))
     for found, wanted in zip(cases.loss_and_gradients(denoiser), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_recording_is_refused_where_other_threads_would_spoil_it(tiny_denoiser: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda callables, sample_args, num_warmup_iters=3: None)
+    with pytest.raises(UserError, match="hardware.cuda_graphs needs a PyTorch"):
+        prepare_denoiser(Denoiser.load(tiny_denoiser), Stage1Hardware(cuda_graphs=True))
 
 
 class Kernels(TorchDispatchMode):
