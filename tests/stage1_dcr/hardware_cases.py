@@ -44,8 +44,9 @@ def loss_and_gradients(
     return loss.detach().cpu(), torch.stack([leaf.grad for leaf in leaves]).cpu()
 
 
-def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float = 1e-5) -> None:
-    """Loss and gradients agree, in the norm, up to fp32 rounding."""
+def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], device: str = "cpu") -> None:
+    """Loss and gradients agree, in the norm, up to fp32 rounding; cuDNN's fast convolutions round more."""
+    tolerance = 1e-5 if device == "cpu" else 3e-4
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).norm() <= tolerance * theirs.norm(), (ours, theirs)
 
@@ -60,7 +61,7 @@ def channels_last_changes_nothing(directory: Path, device: str) -> None:
     parameters = [p for module in denoiser.modules().values() for p in module.parameters()]
     kernels = [p for p in parameters if p.ndim == 4 and p.shape[-1] > 1]
     assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
-    assert_same(loss_and_gradients(denoiser), expected)
+    assert_same(loss_and_gradients(denoiser), expected, device)
 
 
 def compiled_blocks_change_nothing(directory: Path, device: str, backend: str) -> None:
@@ -75,7 +76,7 @@ def compiled_blocks_change_nothing(directory: Path, device: str, backend: str) -
     for seed in range(3):
         found = loss_and_gradients(denoiser, seed=seed, rows_per_chunk=BATCH)
         graphs.append(counters["stats"]["unique_graphs"])
-        assert_same(found, loss_and_gradients(plain, seed=seed, rows_per_chunk=BATCH))
+        assert_same(found, loss_and_gradients(plain, seed=seed, rows_per_chunk=BATCH), device)
     assert graphs[0] > 1 and graphs == graphs[:1] * 3 and not counters["graph_break"]
 
 
@@ -95,7 +96,8 @@ def recorded_changes_nothing(
     recorded = RecordedPredict(denoiser.predict, counting)
     for seed in range(3):
         expected = loss_and_gradients(denoiser, rows_per_chunk=rows_per_chunk, seed=seed)
-        assert_same(loss_and_gradients(denoiser, recorded, rows_per_chunk=rows_per_chunk, seed=seed), expected)
+        found = loss_and_gradients(denoiser, recorded, rows_per_chunk=rows_per_chunk, seed=seed)
+        assert_same(found, expected, device)
     assert len(made) == num_recordings
 
 
@@ -111,7 +113,7 @@ def recorded_gradients_are_kept(directory: Path, device: str, record: Callable[.
         recorded(latents, timesteps, leaf).square().sum().backward()
     for leaf in leaves:
         (expected,) = torch.autograd.grad(denoiser.predict(latents, timesteps, leaf).square().sum(), leaf)
-        assert (leaf.grad - expected).norm() <= 1e-5 * expected.norm()
+        assert (leaf.grad - expected).norm() <= (1e-5 if device == "cpu" else 3e-4) * expected.norm()
 
 
 def record_on_the_cpu(predict: Any, inputs: tuple[Tensor, ...]) -> Any:

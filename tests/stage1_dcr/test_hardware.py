@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dcr_mllm.config import load_config
 from dcr_mllm.errors import UserError
 from dcr_mllm.hardware import tf32_argument, warn_ignored
+from dcr_mllm.runs import open_run
 from stage1_dcr.config import Stage1Config
 from stage1_dcr.denoiser import Denoiser
 from stage1_dcr.hardware import Stage1Hardware, choose_attention, prepare_denoiser
@@ -134,6 +135,17 @@ def test_automatic_chunks_have_one_shape(device: str):
             assert rows * (batch_size + 1) <= 68 or rows == 1
     assert auto_rows_per_chunk(8, "cuda") == 4
     assert auto_rows_per_chunk(12, "cuda") == 4
+
+
+def test_only_what_changes_no_number_may_change_within_a_run(tmp_path: Path):
+    def opened(**hardware: object):
+        return open_run(tmp_path, Stage1Config(tower="a", denoiser="b", hardware=Stage1Hardware(**hardware)))
+
+    assert opened().state == "new"
+    assert opened(prefetch=True, cuda_graphs=True).state == "resumable"
+    for setting in ("tf32", "channels_last", "compile"):
+        with pytest.raises(UserError, match=f"hardware.{setting}: false -> true"):
+            opened(**{setting: True})
 
 
 @pytest.mark.parametrize("setting", ["compile", "cuda_graphs"])
