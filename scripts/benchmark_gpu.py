@@ -172,7 +172,7 @@ def run(options: argparse.Namespace, variants: dict[str, Stage1Hardware]) -> int
     }
     if options.device == "cuda":
         report["device_memory_gb"] = torch.cuda.get_device_properties(0).total_memory / 1e9
-    print(", ".join(str(report[key]) for key in ("device", "precision", "denoiser", "tower")))
+    print(", ".join(str(report[key]) for key in ("device", "precision", "denoiser", "tower")), flush=True)
     print(f"{'side':<9} {'variant':<22} {'batch':>5} {'rows':>4} {'ms/step':>9} {'images/s':>9} {'peak GB':>8} first s")
     for variant, hardware in variants.items():
         models = Models(options, hardware)
