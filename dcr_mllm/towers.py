@@ -69,18 +69,18 @@ def load_full_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Pre
 
 
 def vision_tower(model: PreTrainedModel) -> VisionTower:
-    """The image side of a loaded CLIP or SigLIP, frozen and in eval mode; it shares the model's parameters.
+    """The image side of a loaded CLIP, MetaCLIP 2 or SigLIP, frozen and in eval mode; shares the model's parameters.
 
     Raises:
-        UserError: For a `model_type` that is neither.
+        UserError: For a `model_type` that is none of them.
     """
     model.requires_grad_(False).eval()
     kind = model.config.model_type
-    if kind == "clip":
+    if kind in ("clip", "metaclip_2"):
         return VisionTower(model.vision_model, model.visual_projection, model.config.projection_dim)
     if kind == "siglip":
         return VisionTower(model.vision_model, None, model.config.vision_config.hidden_size)
-    raise UserError(f"A tower of model_type {kind!r} is not supported; use a clip or siglip model.")
+    raise UserError(f"A tower of model_type {kind!r} is not supported; use a clip, metaclip_2 or siglip model.")
 
 
 def image_statistics(path: str | Path) -> ImageStatistics:

@@ -101,9 +101,12 @@ def check_denoiser(denoiser: DenoiserSummary, prediction_type: str | None = None
             f"{denoiser.path}/scheduler predicts {denoiser.prediction_type!r}, expected epsilon or v_prediction; "
             "use a Stable Diffusion 1.x or 2.x directory"
         )
+    notes = []
+    if denoiser.variant is not None:
+        notes.append(f"note: the UNet has {denoiser.variant} weights only; they are widened to the run's precision")
     if prediction_type is not None:
-        return [f"note: prediction_type {prediction_type} overrides the scheduler's {denoiser.prediction_type}"]
-    return []
+        notes.append(f"note: prediction_type {prediction_type} overrides the scheduler's {denoiser.prediction_type}")
+    return notes
 
 
 def check_sizes(

@@ -47,6 +47,7 @@ class Kind:
 
 KINDS = {
     "clip": Kind(has_class_token=True, pad_to_max_length=False),
+    "metaclip_2": Kind(has_class_token=True, pad_to_max_length=False),
     "siglip": Kind(has_class_token=False, pad_to_max_length=True),
 }
 
