@@ -1,4 +1,4 @@
-"""`dcr-mllm import-tower SOURCE OUT [--base BASE]`: released weights as a tower directory that every stage takes.
+"""`dcr-mllm import-tower SOURCE OUT --base BASE`: released weights as a tower directory that every stage takes.
 
 Peers release weights alone: a `config.json` with a pickle, or a state dict in OpenAI's or open_clip's layout, sometimes
 with a whole diffusion model around it. Processor, tokenizer and configuration come from the tower that they started
@@ -49,7 +49,7 @@ class Imported:
         prefix: what stood before the tower's names.
         num_left_out: tensors of other models around the tower.
         from_base: tensors that the weights lack and the base gave.
-        num_different: tensors that are not the base's; None without a base.
+        num_different: tensors that are not the base's.
         num_tensors: all of the tower.
     """
 
@@ -58,7 +58,7 @@ class Imported:
     prefix: str
     num_left_out: int
     from_base: list[str]
-    num_different: int | None
+    num_different: int
     num_tensors: int
 
     def describe(self) -> str:
@@ -70,19 +70,18 @@ class Imported:
             lines.append(
                 f"not in the weights, hence the base's: {len(self.from_base)} tensors ({self.from_base[0]}, ...)"
             )
-        if self.num_different is not None:
-            lines.append(f"{self.num_different} tensors differ from the base")
+        lines.append(f"{self.num_different} tensors differ from the base")
         return "\n".join(lines)
 
 
-def import_tower(source: str | Path, out: str | Path, base: str | Path | None = None) -> Imported:
+def import_tower(source: str | Path, out: str | Path, base: str | Path) -> Imported:
     """Make a tower directory of released weights.
 
     Args:
         source: a directory with weights, a weight file, or a cached hub id.
         out: directory to write; must not exist.
-        base: the tower that the weights started from: gives configuration, processor and tokenizer. None where `source`
-            has all of them itself and only needs to be converted.
+        base: directory or cached hub id of the tower that the weights started from, its own weights in safetensors or
+            pickled; gives configuration, processor and tokenizer.
 
     Returns:
         What was found; `out` holds an fp32 model in safetensors with processor, tokenizer and provenance.
@@ -91,24 +90,29 @@ def import_tower(source: str | Path, out: str | Path, base: str | Path | None = 
         UserError: the weights cannot be read as plain tensors, are in no known layout, or do not fit the base.
     """
     source = Path(source) if Path(source).exists() else resolve_weights(source, "tower")
-    skeleton = source if base is None else resolve_weights(base, "tower")
+    skeleton = resolve_weights(base, "tower")
     model = _empty_model(skeleton)
     expected = {name: value.shape for name, value in model.state_dict().items() if not name.endswith("position_ids")}
-    vocab_size = _check_tokenizer(skeleton, model.config.text_config.vocab_size)
+    _check_beside(skeleton, model.config.text_config.vocab_size)
+    _check_config(source, skeleton, model.config)
 
-    weights = _weight_path(source)
-    stored = read_tensors(weights)
+    files = _weight_files(source)
+    stored = read_tensors(files)
     layout, prefix = find_layout(stored, source)
     inside = {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
     num_left_out = len(stored) - len(inside)
     state = _hugging_face_names(inside, layout)
-    base_state = None if base is None else _hugging_face_names(read_tensors(_weight_path(skeleton)), "Hugging Face")
+    base_state = read_tensors(_weight_files(skeleton))
+    lacking = next((name for name in expected if name not in base_state), None)
+    if lacking is not None:
+        raise UserError(f"{skeleton} lacks {lacking}, which its config.json calls for; download it again")
     from_base = _complete(state, expected, base_state, source)
-    _check_shapes(state, expected, source, skeleton, vocab_size)
+    _check_shapes(state, expected, source, skeleton)
+    num_different = sum(
+        not torch.equal(state[name].float(), base_state[name].float().reshape(shape))
+        for name, shape in expected.items()
+    )
 
-    num_different = None
-    if base_state is not None:
-        num_different = sum(not torch.equal(state[name].float(), base_state[name].float()) for name in expected)
     model.load_state_dict({name: state[name].float().contiguous() for name in expected}, strict=False, assign=True)
     model.config.dtype = torch.float32
     found = Imported(
@@ -124,22 +128,28 @@ def import_tower(source: str | Path, out: str | Path, base: str | Path | None = 
         model.save_pretrained(temporary)
         _copy_beside(skeleton, temporary)
         tower_summary(temporary)
-        record: dict[str, Any] = {"imported": {**_identify(source, weights), **_facts(found)}}
-        if base is not None:
-            record["base_tower"] = {"path": str(skeleton), "sha256": hash_directory(skeleton)}
+        record = {
+            "imported": {
+                "path": str(source),
+                "sha256": {file.name: sha256_file(file) for file in files},
+                **_facts(found),
+            },
+            "base_tower": {"path": str(skeleton), "sha256": hash_directory(skeleton)},
+        }
         write_json_atomic(temporary / PROVENANCE_FILE, record)
     return found
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file or of the shards of an index, whatever they are wrapped in; nothing else is loaded.
+def read_tensors(files: list[Path]) -> dict[str, Tensor]:
+    """The tensors of weight files, whatever they are wrapped in; nothing else is loaded.
 
     Raises:
-        UserError: it holds Python objects or a program (TorchScript), or no tensors.
+        UserError: a file holds Python objects or a program (TorchScript), or no tensors.
     """
-    if path.name.endswith(".index.json"):
-        shards = sorted(set(read_json(path)["weight_map"].values()))
-        return {name: value for shard in shards for name, value in read_tensors(path.parent / shard).items()}
+    return {name: value for file in files for name, value in _read_file(file).items()}
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     data: Any
     try:
         if path.suffix == ".safetensors":
@@ -202,8 +212,6 @@ def _empty_model(skeleton: Path) -> Any:
     """A model without memory, to know every name and shape."""
     from transformers import AutoConfig, AutoModel
 
-    if skeleton.is_file() or not (skeleton / "config.json").is_file():
-        raise UserError(f"{skeleton} has no config.json; name the tower that the weights started from with --base")
     kind = read_json(skeleton / "config.json").get("model_type")
     if kind not in TOWER_TYPES:
         raise UserError(f"{skeleton} has model_type {kind!r}, expected a tower: {', '.join(TOWER_TYPES)}")
@@ -211,60 +219,74 @@ def _empty_model(skeleton: Path) -> Any:
         return AutoModel.from_config(AutoConfig.from_pretrained(skeleton))
 
 
-def _check_tokenizer(skeleton: Path, vocab_size: int) -> int:
+def _check_beside(skeleton: Path, vocab_size: int) -> None:
+    """Refuses a base without processor or tokenizer."""
     from transformers import AutoTokenizer
 
     names = {file.name for file in skeleton.iterdir()}
     if not {"preprocessor_config.json", "processor_config.json"} & names:
-        raise UserError(f"{skeleton} has no image processor; name the tower that it started from with --base")
+        raise UserError(f"{skeleton} has no image processor; name the original tower with --base")
     length = len(AutoTokenizer.from_pretrained(skeleton))
     # Without its files the library makes up a tokenizer of a few tokens; with them some vocabularies keep spare rows.
     if not 0.9 * vocab_size <= length <= vocab_size:
         raise UserError(
-            f"{skeleton} has a tokenizer of {length} tokens for a vocabulary of {vocab_size}; name the tower that it "
-            "started from with --base"
+            f"{skeleton} has a tokenizer of {length} tokens for a vocabulary of {vocab_size}; name the original tower "
+            "with --base"
         )
-    return vocab_size
 
 
-def _weight_path(source: Path) -> Path:
+def _check_config(source: Path, skeleton: Path, config: Any) -> None:
+    """Refuses what shapes cannot tell, where a release says it itself."""
+    from transformers import AutoConfig
+
+    if not (source / "config.json").is_file():
+        return
+    stated = AutoConfig.from_pretrained(source)
+    for part in ("vision_config", "text_config"):
+        for key in ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size"):
+            own, other = (getattr(getattr(some, part, None), key, None) for some in (stated, config))
+            if own is not None and own != other:
+                raise UserError(
+                    f"{source / 'config.json'} has {part}.{key} {own}, {skeleton} {other}: name another --base"
+                )
+
+
+def _weight_files(source: Path) -> list[Path]:
     if source.is_file():
-        return source
+        return [source]
     for name in _WEIGHTS:
         if (source / name).is_file():
-            return source / name
+            shards = sorted(set(read_json(source / name)["weight_map"].values())) if name.endswith(".json") else [name]
+            return [source / shard for shard in shards]
     others = sorted(file for file in source.iterdir() if file.suffix in _SUFFIXES)
     if len(others) != 1:
         names = ", ".join(file.name for file in others) or "none"
         raise UserError(f"{source} should hold one weight file, found {names}; name the file itself")
-    return others[0]
+    return others
 
 
 def _complete(
-    state: dict[str, Tensor], expected: dict[str, torch.Size], base: dict[str, Tensor] | None, source: Path
+    state: dict[str, Tensor], expected: dict[str, torch.Size], base: dict[str, Tensor], source: Path
 ) -> list[str]:
     """Fill in what vision-only weights lack, whole groups at a time; returns the names."""
     missing = [name for name in expected if name not in state]
     groups = {group for name in missing for group in _FROM_BASE if name.startswith(group)}
     torn = [name for name in missing if not name.startswith(_FROM_BASE)]
     torn += [name for name in state if name in expected and name.startswith(tuple(groups))]
-    if torn or (missing and base is None):
+    if torn:
         raise UserError(
             f"{source} lacks {missing[0]} ({len(missing)} of {len(expected)} tensors of this kind of tower); is it "
             "whole, and is --base the tower that it started from?"
         )
-    for name in missing:
-        assert base is not None
-        state[name] = base[name]
+    state.update({name: base[name] for name in missing})
     return missing
 
 
-def _check_shapes(
-    state: dict[str, Tensor], expected: dict[str, torch.Size], source: Path, skeleton: Path, vocab_size: int
-) -> None:
-    rows = state["text_model.embeddings.token_embedding.weight"].shape[0]
-    if rows != vocab_size:
-        raise UserError(f"{source} has a vocabulary of {rows}, {skeleton} one of {vocab_size}: name another --base")
+def _check_shapes(state: dict[str, Tensor], expected: dict[str, torch.Size], source: Path, skeleton: Path) -> None:
+    table = "text_model.embeddings.token_embedding.weight"
+    rows, own = state[table].shape[0], expected[table][0]
+    if rows != own:
+        raise UserError(f"{source} has a vocabulary of {rows}, {skeleton} one of {own}: name another --base")
     unknown = [name for name in state if name not in expected]
     if unknown:
         raise UserError(f"{source} has {unknown[0]} ({len(unknown)} such tensors), which {skeleton} has not")
@@ -286,10 +308,6 @@ def _copy_beside(skeleton: Path, out: Path) -> None:
             shutil.copyfile(file, out / file.name)
 
 
-def _identify(source: Path, weights: Path) -> dict[str, str]:
-    return {"path": str(source), "weights": weights.name, "sha256": sha256_file(weights)}
-
-
 def _facts(found: Imported) -> dict[str, Any]:
     return {
         "layout": found.layout,
@@ -306,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", metavar="SOURCE", help="directory, weight file or cached hub id")
     parser.add_argument("out", metavar="OUT", help="directory to write")
     parser.add_argument(
-        "--base", metavar="BASE", help="tower that the weights started from: config, processor, tokenizer"
+        "--base", metavar="BASE", required=True, help="tower that they started from: gives config, processor, tokenizer"
     )
     options = parser.parse_args(argv)
     return run_main(lambda: print(import_tower(options.source, options.out, options.base).describe()))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from dcr_mllm.errors import UserError
 from dcr_mllm.headers import read_weights, tower_summary
 from dcr_mllm.llava_headers import vision_summary
+from dcr_mllm.to_safetensors import convert
 from dcr_mllm.towers import (
     add_lora,
     export_tower,
@@ -77,6 +78,8 @@ def test_texts_are_told_apart(tower: Path):
     encoder = DualEncoder(tower_summary(tower), device="cpu")
     first, second, again = encoder.embed_texts(["a photo of a cat", "a photo of a dog", "a photo of a cat"])
     assert abs(first - second).max() > 1e-3 and (first == again).all()
+    if encoder.kind.lower_case:  # whatever the tokenizer does
+        assert (encoder.embed_texts(["A photo of a CAT"])[0] == first).all()
 
 
 def test_lora_reaches_the_blocks_and_only_them(tower: Path):
@@ -126,8 +129,13 @@ def test_sharded_towers_are_read_over_all_shards(standins: dict[str, Path]):
 
 def test_the_pickled_repository_is_refused_with_the_command_that_converts_it(tmp_path: Path):
     tower = save_tower(PICKLED, tmp_path / "clip")
-    with pytest.raises(UserError, match=r"only as pytorch_model.bin.*dcr-mllm import-tower .*clip OUT"):
+    with pytest.raises(UserError, match=r"only as pytorch_model.bin.*dcr-mllm to-safetensors .*clip OUT"):
         tower_summary(tower)
+    convert(tower, tmp_path / "out")
+    old, new = torch.load(tower / "pytorch_model.bin", weights_only=True), stored(tmp_path / "out")
+    assert tower_summary(tmp_path / "out").image_size == 112
+    assert not old["visual_projection.weight"].is_contiguous()
+    assert all(torch.equal(old[name], value) for name, value in new.items())
 
 
 def test_naflex_is_refused_in_one_sentence(tmp_path: Path):

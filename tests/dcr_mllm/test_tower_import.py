@@ -15,7 +15,7 @@ from dcr_mllm.errors import UserError
 from dcr_mllm.headers import tower_summary
 from dcr_mllm.tower_import import import_tower, main
 from dcr_mllm.towers import load_full_model
-from tests.standins import clip_state, save_tower, write_json
+from tests.standins import clip_state, save_sharded, save_tower, write_json
 
 OPENAI = {
     "embed_dim": 24,
@@ -91,7 +91,7 @@ def test_the_result_is_a_whole_tower(base: Path, openai: Any, tmp_path: Path):
     assert old("it's a Red dog")["input_ids"] == new("it's a Red dog")["input_ids"]
     AutoImageProcessor.from_pretrained(tmp_path / "out")
     record = json.loads((tmp_path / "out" / "provenance.json").read_text())
-    assert record["imported"]["layout"] == "OpenAI" and len(record["imported"]["sha256"]) == 64
+    assert record["imported"]["layout"] == "OpenAI" and list(record["imported"]["sha256"]) == ["weights.pt"]
     assert record["base_tower"]["path"] == str(base)
 
 
@@ -105,7 +105,7 @@ def test_directory_with_weights_alone(base: Path, tmp_path: Path, capsys: pytest
     state[name] = state[name] + 1
     torch.save(state, release / "pytorch_model.bin")
     with pytest.raises(UserError, match="no image processor.*--base"):
-        import_tower(release, tmp_path / "out")
+        import_tower(release, tmp_path / "out", release)
     assert import_tower(release, tmp_path / "out", base).num_different == 1
     new = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(new[key], state[key]) for key in new)
@@ -113,13 +113,28 @@ def test_directory_with_weights_alone(base: Path, tmp_path: Path, capsys: pytest
     assert "exists already" in capsys.readouterr().err
 
 
-def test_pickled_hub_repository_needs_no_base(tmp_path: Path):
+def test_a_release_in_shards_and_one_whose_config_says_otherwise(base: Path, tmp_path: Path):
+    release = tmp_path / "release"
+    release.mkdir()
+    config = json.loads((base / "config.json").read_text())
+    save_sharded(release, load_file(base / "model.safetensors"))
+    config["vision_config_dict"]["num_attention_heads"] = 4
+    write_json(release / "config.json", config)
+    with pytest.raises(UserError, match="vision_config.num_attention_heads 4, .* 2: name another --base"):
+        import_tower(release, tmp_path / "out", base)
+    (release / "config.json").unlink()
+    assert import_tower(release, tmp_path / "out", base).num_different == 0
+    record = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert len(record["imported"]["sha256"]) == 2
+
+
+def test_the_base_may_be_a_pickled_hub_repository(tmp_path: Path):
     """OpenAI's 336 px repository: a pickle whose projections are transposed views, which safetensors refuses."""
     source = save_tower("openai/clip-vit-large-patch14-336", tmp_path / "hub")
     state = torch.load(source / "pytorch_model.bin", weights_only=True)
     assert not state["visual_projection.weight"].is_contiguous()
-    found = import_tower(source, tmp_path / "out")
-    assert found.num_different is None and tower_summary(tmp_path / "out").image_size == 112
+    found = import_tower(source, tmp_path / "out", source)
+    assert found.num_different == 0 and tower_summary(tmp_path / "out").image_size == 112
     new = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(new[name], state[name]) for name in new)
     assert {name for name in state if "position_ids" not in name} == set(new)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dcr_mllm.evaluation.tower import evaluate_towers
-from dcr_mllm.tower_import import import_tower
+from dcr_mllm.to_safetensors import convert
 from stage1_dcr.__main__ import CONFIGS, main
 from tests.standin_denoisers import save_denoiser
 from tests.standins import TOWERS, save_tower
@@ -80,8 +80,8 @@ def test_shipped_config(
     shipped = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     tower = save_tower(shipped["tower"], tmp_path / "hub")
     if name == "openai-l14-336":  # its repository has a pickle only: the config says how to convert it
-        assert "import-tower" in (CONFIGS / f"{name}.yaml").read_text()
-        import_tower(tower, tmp_path / "converted")
+        assert "to-safetensors" in (CONFIGS / f"{name}.yaml").read_text()
+        convert(tower, tmp_path / "converted")
         tower = tmp_path / "converted"
     run = train(name, tower, denoisers[shipped["denoiser"]], tiny_shards, tmp_path)
     assert "known defect" not in capsys.readouterr().out
