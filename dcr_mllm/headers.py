@@ -227,22 +227,36 @@ def weight_file(directory: str | os.PathLike[str], variant: str | None = None) -
     raise UserError(f"{directory / expected} is missing (nor is there a shard index)")
 
 
+def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
+    """The safetensors files that the libraries would load; others may lie beside them, of open_clip or of a variant.
+
+    Raises:
+        UserError: as `weight_file`, or the index is damaged.
+    """
+    found = weight_file(directory)
+    if found.suffix != ".json":
+        return [found]
+    return [found.parent / shard for shard in sorted(set(_weight_map(found).values()))]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise UserError(f"{index} has no weight_map, download it again")
+    return names
+
+
 def read_weights(directory: str | os.PathLike[str]) -> dict[str, TensorHeader]:
     """Headers of all tensors of a model directory, over all its shards.
 
     Raises:
         UserError: a shard or a tensor that the index names is missing, or a file is damaged.
     """
-    found = weight_file(directory)
-    if found.suffix != ".json":
-        return read_safetensors_header(found)
-    index = read_json(found).get("weight_map")
-    if not isinstance(index, dict):
-        raise UserError(f"{found} has no weight_map, download it again")
     tensors: dict[str, TensorHeader] = {}
-    for shard in sorted(set(index.values())):
-        tensors.update(read_safetensors_header(found.parent / shard))
-    for name, shard in index.items():
+    for file in weight_files(directory):
+        tensors.update(read_safetensors_header(file))
+    found = weight_file(directory)
+    for name, shard in _weight_map(found).items() if found.suffix == ".json" else ():
         if name not in tensors:
             raise UserError(
                 f"{found.parent / shard} lacks tensor {name}, which {found.name} promises; download it again"
@@ -283,6 +297,11 @@ def tower_summary(directory: str | os.PathLike[str]) -> TowerSummary:
     mean, std = _image_statistics(directory, image)
     tensors = read_weights(directory)
     source = weight_file(directory)
+    if "fp16" in source.name:
+        raise UserError(
+            f"{directory} has weights of the fp16 variant only, which towers are not loaded from; "
+            f"rename {source.name} to {source.name.replace('.fp16', '')}"
+        )
     positions = (image // patch) ** 2 + CLASS_TOKEN[model_type]
     expected: dict[str, tuple[int, ...]] = {
         "vision_model.embeddings.patch_embedding.weight": (hidden, int(vision.get("num_channels", 3)), patch, patch),

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcr_mllm.errors import UserError
+from dcr_mllm.headers import weight_files
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -159,8 +160,9 @@ def export_tower(base: str | Path, changed: dict[str, Tensor], out: Path) -> Non
     """
     base = Path(base)
     missing = set(changed)
+    weights = set(weight_files(base))
     for source in sorted(base.iterdir()):
-        if source.name.endswith(".safetensors"):
+        if source in weights:
             with safe_open(source, framework="pt") as file:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             for name in missing & set(state):
@@ -184,7 +186,7 @@ def export_tower(base: str | Path, changed: dict[str, Tensor], out: Path) -> Non
 def vision_tensors(path: str | Path) -> dict[str, Tensor]:
     """The image side's tensors of a tower directory, full model or vision-only, without the prefix `vision_model.`."""
     tensors: dict[str, Tensor] = {}
-    for source in sorted(Path(path).glob("*.safetensors")):
+    for source in weight_files(path):
         with safe_open(source, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if not name.startswith(("text_model.", "text_projection", "visual_projection", "logit_")):

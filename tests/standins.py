@@ -285,10 +285,12 @@ def save_openai(
     return path
 
 
-def save_metaclip(path: Path, *, size: int, heads: int, hidden: int, projection: int, sharded: bool = False) -> Path:
+def save_metaclip(
+    path: Path, *, size: int, heads: int, hidden: int, projection: int, sharded: bool = False, open_clip: bool = False
+) -> Path:
     """MetaCLIP of 2023: a short config, `size` as a mapping, no tokenizer.json, open_clip's .bin beside.
 
-    DFN and LAION repositories with a `CLIPModel` are of the same kind.
+    DFN and LAION repositories with a `CLIPModel` are of the same kind; LAION's have open_clip's safetensors beside.
     """
     image = TINY_SIZE[size]
     text_hidden = projection
@@ -332,6 +334,11 @@ def save_metaclip(path: Path, *, size: int, heads: int, hidden: int, projection:
     else:
         save_safetensors(path / "model.safetensors", state)
     torch.save({}, path / "metaclip_fullcc2.5b.bin")
+    if open_clip:
+        other = {"logit_scale": torch.tensor(1.0), "visual.proj": torch.zeros(hidden, projection)}
+        # The names of the other file too, so that whoever reads both files gets the wrong numbers.
+        save_safetensors(path / "open_clip_model.safetensors", other | {n: torch.zeros(1) for n in state})
+        write_json(path / "open_clip_config.json", {"model_cfg": {"embed_dim": projection}})
     return path
 
 
@@ -574,6 +581,9 @@ TOWERS: dict[str, Callable[[Path], Path]] = {
     "facebook/metaclip-l14-fullcc2.5b": partial(save_metaclip, size=224, heads=2, hidden=32, projection=24),
     "facebook/metaclip-h14-fullcc2.5b": partial(save_metaclip, size=224, heads=2, hidden=40, projection=32),
     "apple/DFN5B-CLIP-ViT-H-14-378": partial(save_metaclip, size=378, heads=2, hidden=40, projection=32, sharded=True),
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": partial(
+        save_metaclip, size=224, heads=2, hidden=40, projection=32, open_clip=True
+    ),
     "facebook/metaclip-2-worldwide-huge-quickgelu": save_metaclip2,
     "google/siglip-so400m-patch14-224": partial(save_siglip, size=224),
     "google/siglip-so400m-patch14-384": partial(save_siglip, size=384),
