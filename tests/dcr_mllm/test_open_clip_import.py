@@ -168,6 +168,27 @@ def test_siglip_of_timm_becomes_a_siglip_with_its_outputs(siglip: tuple[Path, Pa
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 298
 
 
+def test_siglip_weights_that_a_peer_released_inside_a_diffusion_model(siglip: tuple[Path, Path], tmp_path: Path):
+    """In half precision, below the names of the model that trained them; the activation is the base's."""
+    from transformers import SiglipModel
+
+    from dcr_mllm.tower_import import import_tower
+
+    source, weights = checkpoint("standin-SigLIP", tmp_path / "weights.safetensors")
+    base = import_open_clip("standin-SigLIP", weights, tmp_path / "base", siglip[1])
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.copy_((parameter * 1.01).half())
+    state = {f"class_model.model.{name}": value.half() for name, value in source.state_dict().items()}
+    torch.save(state | {"vae.encoder.conv_in.weight": torch.zeros(1)}, tmp_path / "released.pth")
+    found = import_tower(tmp_path / "released.pth", tmp_path / "out", base)
+    assert (found.layout, found.num_left_out, found.from_base) == ("open_clip with timm", 1, [])
+    model, pixels = SiglipModel.from_pretrained(tmp_path / "out").eval(), torch.randn(3, 3, 56, 56)
+    with torch.no_grad():
+        image = model.get_image_features(pixels).pooler_output
+        torch.testing.assert_close(image, source.encode_image(pixels), atol=1e-5, rtol=1e-5)
+
+
 def test_statistics_come_from_the_config_beside_the_checkpoint(
     architectures: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
