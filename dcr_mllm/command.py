@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dcr_mllm.config import available_configs, load_config, resolve_config_path
 from dcr_mllm.errors import UserError
@@ -13,7 +14,13 @@ Config = TypeVar("Config")
 
 
 def parse_stage(
-    argv: list[str], cls: type[Config], configs: Path, *, prog: str, description: str
+    argv: list[str],
+    cls: type[Config],
+    configs: Path,
+    *,
+    prog: str,
+    description: str,
+    values_below: Callable[[Config], Mapping[str, Any]] | None = None,
 ) -> tuple[argparse.Namespace, Config]:
     """Arguments and the resolved config of a stage; without a config, `mini`.
 
@@ -23,6 +30,7 @@ def parse_stage(
         configs: Folder of its shipped YAML files.
         prog: Script name for the usage line.
         description: Its help text.
+        values_below: What a config implies where neither its file nor the command line says otherwise (a profile).
 
     Raises:
         UserError: Two configs, or what `load_config` refuses.
@@ -42,4 +50,6 @@ def parse_stage(
     if len(names) > 1:
         raise UserError(f"One config at most, found {' and '.join(names)}; overrides are written key=value.")
     path = resolve_config_path(names[0] if names else "mini", configs)
-    return options, load_config(cls, path, overrides)
+    config = load_config(cls, path, overrides)
+    below = values_below(config) if values_below is not None else {}
+    return options, load_config(cls, path, overrides, base=below) if below else config

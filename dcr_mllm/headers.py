@@ -29,7 +29,9 @@ _ITEM_BYTES = {
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 DENOISER_PARTS = ("vae", "unet", "scheduler", "text_encoder", "tokenizer")
-TOWER_TYPES = ("clip", "siglip")
+# What `model_type` may be, and whether such a tower's image side begins with a class token.
+CLASS_TOKEN = {"clip": True, "metaclip_2": True, "siglip": False}
+TOWER_TYPES = tuple(CLASS_TOKEN)
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -45,12 +47,13 @@ class TowerSummary:
     """A vision tower directory.
 
     Attributes:
-        model_type: `clip` or `siglip`.
+        model_type: `clip`, `metaclip_2` (CLIP's image side with a multilingual text side) or `siglip`.
         image_size: pixels per side that the position embedding was made for.
         patch_size: pixels per side of a patch.
         num_layers: transformer blocks of the vision side.
         hidden_size: width of its patch tokens.
-        width: width of the embedding that conditions the denoiser: after projection for CLIP, pooled for SigLIP.
+        width: width of the embedding that conditions the denoiser: after the projection where there is one (CLIP,
+            MetaCLIP 2), else pooled (SigLIP).
         image_mean, image_std: statistics of its own image processor, per channel.
         has_text_side: text weights and a tokenizer are there.
         num_parameters: stored numbers.
@@ -224,22 +227,36 @@ def weight_file(directory: str | os.PathLike[str], variant: str | None = None) -
     raise UserError(f"{directory / expected} is missing (nor is there a shard index)")
 
 
+def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
+    """The safetensors files that the libraries would load; others may lie beside them, of open_clip or of a variant.
+
+    Raises:
+        UserError: as `weight_file`, or the index is damaged.
+    """
+    found = weight_file(directory)
+    if found.suffix != ".json":
+        return [found]
+    return [found.parent / shard for shard in sorted(set(_weight_map(found).values()))]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise UserError(f"{index} has no weight_map, download it again")
+    return names
+
+
 def read_weights(directory: str | os.PathLike[str]) -> dict[str, TensorHeader]:
     """Headers of all tensors of a model directory, over all its shards.
 
     Raises:
         UserError: a shard or a tensor that the index names is missing, or a file is damaged.
     """
-    found = weight_file(directory)
-    if found.suffix != ".json":
-        return read_safetensors_header(found)
-    index = read_json(found).get("weight_map")
-    if not isinstance(index, dict):
-        raise UserError(f"{found} has no weight_map, download it again")
     tensors: dict[str, TensorHeader] = {}
-    for shard in sorted(set(index.values())):
-        tensors.update(read_safetensors_header(found.parent / shard))
-    for name, shard in index.items():
+    for file in weight_files(directory):
+        tensors.update(read_safetensors_header(file))
+    found = weight_file(directory)
+    for name, shard in _weight_map(found).items() if found.suffix == ".json" else ():
         if name not in tensors:
             raise UserError(
                 f"{found.parent / shard} lacks tensor {name}, which {found.name} promises; download it again"
@@ -254,36 +271,48 @@ def tower_summary(directory: str | os.PathLike[str]) -> TowerSummary:
         UserError: a file or tensor is missing, or the model is of an unknown type.
     """
     directory = Path(directory)
-    config = read_json(directory / "config.json")
-    model_type = config.get("model_type")
-    if model_type not in TOWER_TYPES:
-        hint = "; the full model with its text side is needed" if "vision" in str(model_type) else ""
+    if (directory / "open_clip_config.json").is_file() and not (directory / "config.json").is_file():
         raise UserError(
-            f"{directory / 'config.json'} has model_type {model_type!r}, expected one of {', '.join(TOWER_TYPES)}{hint}"
+            f"{directory} is in open_clip's layout; convert it with `dcr-mllm import-open-clip ARCH CHECKPOINT OUT`"
+        )
+    config = read_json(directory / "config.json")
+    model_type = str(config.get("model_type"))
+    if model_type not in TOWER_TYPES:
+        raise UserError(
+            f"{directory / 'config.json'} has model_type {model_type!r}, expected one of {', '.join(TOWER_TYPES)}"
+            f"{_hint(model_type)}"
         )
     # Published configs leave out what equals the library's defaults.
     defaults = {
         "hidden_size": 768,
         "image_size": 224,
         "num_hidden_layers": 12,
-        "patch_size": 32 if model_type == "clip" else 16,
+        "patch_size": 32 if CLASS_TOKEN[model_type] else 16,
     }
-    vision = {**defaults, **(config.get("vision_config") or {})}
+    # Where the old spelling is there as well, it wins, as it does when the model is loaded.
+    vision = {**defaults, **(config.get("vision_config_dict") or config.get("vision_config") or {})}
     hidden, image, patch, layers = (
         int(vision[key]) for key in ("hidden_size", "image_size", "patch_size", "num_hidden_layers")
     )
-    mean, std = _image_statistics(directory)
+    mean, std = _image_statistics(directory, image)
     tensors = read_weights(directory)
     source = weight_file(directory)
-    positions = (image // patch) ** 2 + (model_type == "clip")
+    if "fp16" in source.name:
+        raise UserError(
+            f"{directory} has weights of the fp16 variant only, which towers are not loaded from; "
+            f"rename {source.name} to {source.name.replace('.fp16', '')}"
+        )
+    positions = (image // patch) ** 2 + CLASS_TOKEN[model_type]
     expected: dict[str, tuple[int, ...]] = {
         "vision_model.embeddings.patch_embedding.weight": (hidden, int(vision.get("num_channels", 3)), patch, patch),
         "vision_model.embeddings.position_embedding.weight": (positions, hidden),
     }
     width = hidden
-    if model_type == "clip":
+    if CLASS_TOKEN[model_type]:
         width = int(config.get("projection_dim", 512))
         expected["visual_projection.weight"] = (width, hidden)
+    else:
+        expected["vision_model.head.attention.in_proj_weight"] = (3 * hidden, hidden)
     for name, shape in expected.items():
         _expect(tensors, name, shape, source)
     for layer in range(layers):
@@ -374,8 +403,23 @@ def _cached_file(repo_id: str, name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _image_statistics(directory: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation from the image processor's file, in the old layout or inside a processor's."""
+def _hint(model_type: str) -> str:
+    """What to do about a model that is nearly a tower."""
+    if model_type == "siglip2":
+        # Fixed-resolution SigLIP 2 says `siglip`: only NaFlex has a type of its own.
+        return (
+            ": this is SigLIP 2 NaFlex, whose pictures are sequences of patches of any number; take SigLIP 2 of a "
+            "fixed resolution, such as google/siglip2-so400m-patch14-384"
+        )
+    return "; the full model with its text side is needed" if "vision" in model_type else ""
+
+
+def _image_statistics(directory: Path, image_size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation from the image processor's file, in the old layout or inside a processor's.
+
+    Raises:
+        UserError: they are not there, or that processor makes pictures of another size than the tower takes.
+    """
     source = directory / "preprocessor_config.json"
     if source.is_file() or not (directory / "processor_config.json").is_file():
         data = read_json(source)
@@ -386,6 +430,14 @@ def _image_statistics(directory: Path) -> tuple[tuple[float, ...], tuple[float, 
     for key, value in zip(("image_mean", "image_std"), values, strict=True):
         if not (isinstance(value, list) and len(value) == 3 and all(isinstance(item, (int, float)) for item in value)):
             raise UserError(f"{source} has {key} {value!r}, expected three numbers")
+    # What is cropped last decides; sizes were plain numbers once.
+    stated = data.get("crop_size") if data.get("do_center_crop") else data.get("size")
+    side = next(iter(stated.values()), None) if isinstance(stated, dict) else stated
+    if side is not None and side != image_size:
+        raise UserError(
+            f"{source} makes pictures of {side} pixels, but the tower's config.json says image_size {image_size}; "
+            "copy the processor file of the original model"
+        )
     mean, std = (tuple(float(item) for item in value or []) for value in values)
     return mean, std
 

@@ -95,6 +95,8 @@ def vision_summary(directory: str | os.PathLike[str]) -> VisionSummary:
     config = read_json(directory / "config.json")
     stated = str(config.get("model_type"))
     kinds = {**{kind: kind for kind in VISION_TYPES}, **{vision: kind for kind, vision in VISION_TYPES.items()}}
+    # Its image side is CLIP's, name for name.
+    kinds["metaclip_2"] = "clip"
     if stated not in kinds:
         raise UserError(
             f"{directory / 'config.json'} has model_type {stated!r}, expected a tower: {', '.join(sorted(kinds))}"

@@ -1,6 +1,7 @@
-"""`dcr-mllm import-open-clip ARCH CHECKPOINT OUT`: an open_clip ViT as a Hugging Face CLIP that every stage takes.
+"""`dcr-mllm import-open-clip ARCH CHECKPOINT OUT`: an open_clip ViT as a Hugging Face tower that every stage takes.
 
-Nothing is written unless both models agree on random images and texts to 1e-5.
+A ViT of open_clip's own becomes a CLIP, one of timm with attention pooling (SigLIP, SigLIP 2) a SigLIP. Nothing is
+written unless both models agree on random images and texts to 1e-5.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ from torch import Tensor
 
 from dcr_mllm.cli import run_main
 from dcr_mllm.errors import UserError
+from dcr_mllm.headers import read_json, resolve_weights
+from dcr_mllm.log import get_logger
 from dcr_mllm.runs import PROVENANCE_FILE, atomic_directory, sha256_file, write_json_atomic
+from dcr_mllm.siglip_names import convert_siglip_names, empty_siglip
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel
+    from transformers import CLIPModel, PreTrainedModel
+
+logger = get_logger(__name__)
 
 TOLERANCE = 1e-5
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -43,16 +49,19 @@ _BLOCK = {
 }
 
 
-def import_open_clip(architecture: str, checkpoint: str | Path, out: str | Path) -> Path:
-    """Convert a checkpoint of an open_clip CLIP (ViT image side, open_clip's own text side).
+def import_open_clip(
+    architecture: str, checkpoint: str | Path, out: str | Path, base: str | Path | None = None
+) -> Path:
+    """Convert a checkpoint of an open_clip CLIP or SigLIP (ViT image side, open_clip's own text side).
 
     Args:
-        architecture: open_clip's name, such as `ViT-L-14-quickgelu`.
+        architecture: open_clip's name, such as `ViT-L-14-quickgelu` or `ViT-SO400M-14-SigLIP-384`.
         checkpoint: Its weights on disk: safetensors, or a state dict that `weights_only` loading accepts.
         out: Directory to write; must not exist.
+        base: A tower directory or cached hub id to take the tokenizer from; SigLIP's does not come with open_clip.
 
     Returns:
-        `out`: a `CLIPModel` in fp32 with tokenizer and image processor.
+        `out`: a `CLIPModel` or `SiglipModel` in fp32 with tokenizer and image processor.
 
     Raises:
         UserError: An unknown architecture, or a part that a Hugging Face CLIP does not have; names it.
@@ -64,14 +73,23 @@ def import_open_clip(architecture: str, checkpoint: str | Path, out: str | Path)
         raise UserError(f"open_clip knows no architecture {architecture!r}; see open_clip.list_models()")
     if not Path(checkpoint).is_file():
         raise UserError(f"checkpoint {checkpoint} does not exist; give the file of the open_clip weights")
-    _check_supported(architecture, config)
+    is_siglip = config["vision_cfg"].get("timm_pool") == "map"
+    family = "SigLIP" if is_siglip else "CLIP"
+    _check_supported(architecture, config, family)
+    if base is None and is_siglip:
+        raise UserError(
+            f"{architecture} does not bring its tokenizer; name a tower that has it with --base, such as "
+            "google/siglip-so400m-patch14-384"
+        )
+    length = config["text_cfg"].get("context_length", 77)
+    tokenizer = _tokenizer(length) if base is None else _tokenizer_of(base, config["text_cfg"]["vocab_size"], length)
     source = open_clip.create_model(architecture, pretrained=str(checkpoint), precision="fp32").eval()
-    tokenizer = _tokenizer(config["text_cfg"].get("context_length", 77))
-    model = _empty_clip(config, tokenizer)
-    missing, unexpected = model.load_state_dict(convert_names(source.state_dict()), strict=False)
+    model: PreTrainedModel = empty_siglip(source, config) if is_siglip else _empty_clip(config, tokenizer)
+    convert = convert_siglip_names if is_siglip else convert_names
+    missing, unexpected = model.load_state_dict(convert(source.state_dict()), strict=False)
     wrong = [name for name in missing if not name.endswith("position_ids")] + list(unexpected)
     if wrong:
-        raise UserError(f"{architecture} has a part that a Hugging Face CLIP has not: {wrong[0]}")
+        raise UserError(f"{architecture} has a part that a Hugging Face {family} has not: {wrong[0]}")
     difference = output_difference(source, model.eval())
     if difference > TOLERANCE:
         raise UserError(
@@ -81,7 +99,7 @@ def import_open_clip(architecture: str, checkpoint: str | Path, out: str | Path)
     with atomic_directory(out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        _image_processor(source).save_pretrained(temporary)
+        _image_processor(source, Path(checkpoint), is_siglip).save_pretrained(temporary)
         facts = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": architecture}
         write_json_atomic(temporary / PROVENANCE_FILE, {"open_clip": facts, "output_difference": difference})
     return Path(out)
@@ -113,15 +131,18 @@ def convert_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def output_difference(source: Any, model: CLIPModel, num_inputs: int = 4) -> float:
-    """Largest difference of normalised embeddings between an open_clip model and a CLIPModel, on random inputs."""
+def output_difference(source: Any, model: PreTrainedModel, num_inputs: int = 4) -> float:
+    """Largest difference of normalised embeddings between an open_clip model and its conversion, on random inputs."""
     generator = torch.Generator().manual_seed(0)
     size = model.config.vision_config.image_size
     pixels = torch.randn(num_inputs, 3, size, size, generator=generator)
-    length = model.config.text_config.max_position_embeddings
-    ids = torch.randint(1, model.config.text_config.eos_token_id - 1, (num_inputs, length), generator=generator)
-    ids[:, 0], ids[:, length // 2 :] = model.config.text_config.bos_token_id, 0
-    ids[:, length // 2] = model.config.text_config.eos_token_id
+    text = model.config.text_config
+    length, is_clip = text.max_position_embeddings, model.config.model_type == "clip"
+    highest = text.eos_token_id - 1 if is_clip else text.vocab_size
+    ids = torch.randint(1, highest, (num_inputs, length), generator=generator)
+    if is_clip:  # reads the end token, wherever it is; SigLIP reads the last position of a full text
+        ids[:, 0], ids[:, length // 2 :] = text.bos_token_id, 0
+        ids[:, length // 2] = text.eos_token_id
     pairs = [
         (source.encode_image(pixels), model.get_image_features(pixel_values=pixels).pooler_output),
         (source.encode_text(ids), model.get_text_features(input_ids=ids).pooler_output),
@@ -130,19 +151,36 @@ def output_difference(source: Any, model: CLIPModel, num_inputs: int = 4) -> flo
     return max(float((normal(a, dim=-1) - normal(b, dim=-1)).abs().max()) for a, b in pairs)
 
 
-def _check_supported(architecture: str, config: dict[str, Any]) -> None:
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    known_vision = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
-    known_text = {"context_length", "vocab_size", "width", "heads", "layers"}
-    odd = [f"vision_cfg.{key}" for key in vision if key not in known_vision]
-    odd += [f"text_cfg.{key}" for key in text if key not in known_text]
-    odd += [key for key in config if key not in {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}]
-    if odd or not isinstance(vision.get("layers"), int):
-        part = odd[0] if odd else "vision_cfg.layers"
-        raise UserError(
-            f"{architecture} has {part}, which a Hugging Face CLIP has not; use a plain ViT architecture, or weights "
-            "that are published as a transformers model"
-        )
+# Keys of open_clip's configs: a set where any value will do, else the only value that a tower of that family can have.
+_KNOWN: dict[str, dict[str, Any]] = {
+    "CLIP": {
+        "vision_cfg": dict.fromkeys(("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"), any),
+        "text_cfg": dict.fromkeys(("context_length", "vocab_size", "width", "heads", "layers"), any),
+        "": dict.fromkeys(("embed_dim", "quick_gelu"), any),
+    },
+    "SigLIP": {
+        "vision_cfg": dict.fromkeys(("image_size", "timm_model_name"), any)
+        | {"timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"},
+        "text_cfg": dict.fromkeys(("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"), any)
+        | dict.fromkeys(("hf_tokenizer_name", "tokenizer_kwargs", "norm_kwargs", "act_kwargs"), any)
+        | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+        "": dict.fromkeys(("embed_dim", "init_logit_bias", "custom_text"), any),
+    },
+}
+
+
+def _check_supported(architecture: str, config: dict[str, Any], family: str) -> None:
+    own = {key: value for key, value in config.items() if key not in ("vision_cfg", "text_cfg")}
+    for section, given in (("vision_cfg", config["vision_cfg"]), ("text_cfg", config["text_cfg"]), ("", own)):
+        known = _KNOWN[family][section]
+        for key, value in given.items():
+            # ResNets list their blocks per stage under the name that ViTs give a number.
+            if key not in known or known[key] not in (any, value) or (key == "layers" and not isinstance(value, int)):
+                raise UserError(
+                    f"{architecture} has {section + '.' if section else ''}{key} {value!r}, which a Hugging Face "
+                    f"{family} has not; use a plain ViT architecture, or weights that are published as a transformers "
+                    "model"
+                )
 
 
 def _empty_clip(config: dict[str, Any], tokenizer: Any) -> CLIPModel:
@@ -179,6 +217,19 @@ def _empty_clip(config: dict[str, Any], tokenizer: Any) -> CLIPModel:
     )
 
 
+def _tokenizer_of(base: str | Path, vocab_size: int, context_length: int) -> Any:
+    """The tokenizer of another tower, which must have this vocabulary."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_weights(base, "tower"))
+    if len(tokenizer) != vocab_size:
+        raise UserError(
+            f"the tokenizer of {base} has {len(tokenizer)} tokens, the model {vocab_size}: name another base"
+        )
+    tokenizer.model_max_length = context_length
+    return tokenizer
+
+
 def _tokenizer(context_length: int) -> Any:
     """open_clip's own vocabulary in CLIP's Hugging Face tokenizer."""
     from open_clip.tokenizer import SimpleTokenizer
@@ -191,12 +242,32 @@ def _tokenizer(context_length: int) -> Any:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)
 
 
-def _image_processor(source: Any) -> Any:
-    from transformers import CLIPImageProcessor
+def _image_processor(source: Any, checkpoint: Path, is_siglip: bool) -> Any:
+    """Size from the model; statistics from the repository's config if it lies beside the checkpoint.
+
+    open_clip knows them by the name of the weights only. For a file it falls back to OpenAI's, which are wrong for
+    SigLIP and for some of LAION's models.
+    """
+    from transformers import CLIPImageProcessor, SiglipImageProcessor
 
     size = source.visual.image_size
     side = size[0] if isinstance(size, (tuple, list)) else size
-    cfg = source.visual.preprocess_cfg
+    beside = checkpoint.parent / "open_clip_config.json"
+    cfg = dict(source.visual.preprocess_cfg)
+    if is_siglip:
+        cfg |= {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
+    if beside.is_file():
+        cfg |= read_json(beside).get("preprocess_cfg") or {}
+    elif not is_siglip:
+        logger.warning(
+            "%s is not there, so the image mean and std are taken to be OpenAI's; some of LAION's weights have 0.5: "
+            "copy that file beside the checkpoint",
+            beside,
+        )
+    if cfg.get("resize_mode") == "squash":
+        return SiglipImageProcessor(
+            size={"height": side, "width": side}, image_mean=list(cfg["mean"]), image_std=list(cfg["std"])
+        )
     return CLIPImageProcessor(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
@@ -211,5 +282,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("architecture", metavar="ARCH", help="open_clip's name, e.g. ViT-L-14-quickgelu")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file with its weights")
     parser.add_argument("out", metavar="OUT", help="directory to write")
+    parser.add_argument("--base", metavar="BASE", help="tower to take the tokenizer from; needed for SigLIP")
     options = parser.parse_args(argv)
-    return run_main(lambda: print(import_open_clip(options.architecture, options.checkpoint, options.out)))
+    return run_main(
+        lambda: print(import_open_clip(options.architecture, options.checkpoint, options.out, options.base))
+    )

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcr_mllm.errors import UserError
+from dcr_mllm.headers import weight_files
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -69,18 +70,18 @@ def load_full_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Pre
 
 
 def vision_tower(model: PreTrainedModel) -> VisionTower:
-    """The image side of a loaded CLIP or SigLIP, frozen and in eval mode; it shares the model's parameters.
+    """The image side of a loaded CLIP, MetaCLIP 2 or SigLIP, frozen and in eval mode; shares the model's parameters.
 
     Raises:
-        UserError: For a `model_type` that is neither.
+        UserError: For a `model_type` that is none of them.
     """
     model.requires_grad_(False).eval()
     kind = model.config.model_type
-    if kind == "clip":
+    if kind in ("clip", "metaclip_2"):
         return VisionTower(model.vision_model, model.visual_projection, model.config.projection_dim)
     if kind == "siglip":
         return VisionTower(model.vision_model, None, model.config.vision_config.hidden_size)
-    raise UserError(f"A tower of model_type {kind!r} is not supported; use a clip or siglip model.")
+    raise UserError(f"A tower of model_type {kind!r} is not supported; use a clip, metaclip_2 or siglip model.")
 
 
 def image_statistics(path: str | Path) -> ImageStatistics:
@@ -159,8 +160,9 @@ def export_tower(base: str | Path, changed: dict[str, Tensor], out: Path) -> Non
     """
     base = Path(base)
     missing = set(changed)
+    weights = set(weight_files(base))
     for source in sorted(base.iterdir()):
-        if source.name.endswith(".safetensors"):
+        if source in weights:
             with safe_open(source, framework="pt") as file:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             for name in missing & set(state):
@@ -184,7 +186,7 @@ def export_tower(base: str | Path, changed: dict[str, Tensor], out: Path) -> Non
 def vision_tensors(path: str | Path) -> dict[str, Tensor]:
     """The image side's tensors of a tower directory, full model or vision-only, without the prefix `vision_model.`."""
     tensors: dict[str, Tensor] = {}
-    for source in sorted(Path(path).glob("*.safetensors")):
+    for source in weight_files(path):
         with safe_open(source, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if not name.startswith(("text_model.", "text_projection", "visual_projection", "logit_")):

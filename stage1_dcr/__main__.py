@@ -22,6 +22,7 @@ from dcr_mllm.log import get_logger, rank
 from dcr_mllm.runs import Run, open_run
 from stage1_dcr.checks import preflight
 from stage1_dcr.config import Stage1Config
+from stage1_dcr.profiles import profile_values
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -30,7 +31,9 @@ logger = get_logger(__name__)
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Stage1Config]:
     """Arguments and the resolved config."""
-    return parse_stage(argv, Stage1Config, CONFIGS, prog="stage1.sh", description=__doc__)
+    return parse_stage(
+        argv, Stage1Config, CONFIGS, prog="stage1.sh", description=__doc__ or "", values_below=profile_values
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,11 +25,10 @@ from dcr_mllm.headers import (
 )
 from dcr_mllm.launch import deepspeed_file
 from dcr_mllm.patterns import expand_braces
+from stage1_dcr.profiles import OPENAI_MEAN, OPENAI_STD, known_defects
 from stage1_dcr.shards import IMAGE_EXTENSIONS, TAR_EXTENSIONS
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in sorted(IMAGE_EXTENSIONS))
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Looking further than this into shards without finding an image would break the promise of an answer within seconds.
 _MAX_SHARDS, _MAX_MEMBERS, _MAX_FILES = 20, 200, 100_000
@@ -58,11 +57,12 @@ def preflight(config: Any) -> list[str]:
         f"{denoiser.cross_attention_dim}, predicts {denoiser.prediction_type}",
     ]
     notes += check_tower(tower)
-    notes += check_denoiser(denoiser, getattr(config, "prediction_type", None))
+    notes += check_denoiser(denoiser, config.prediction_type)
     notes += check_sizes(tower, denoiser, config.image_size, config.diffusion_size)
     if config.projector is not None:
         check_projector(config.projector, tower.width, denoiser.cross_attention_dim)
     notes += check_data(config.data)
+    notes += known_defects(config, tower, denoiser)
     deepspeed_file(config.deepspeed)
     return notes
 
@@ -101,9 +101,12 @@ def check_denoiser(denoiser: DenoiserSummary, prediction_type: str | None = None
             f"{denoiser.path}/scheduler predicts {denoiser.prediction_type!r}, expected epsilon or v_prediction; "
             "use a Stable Diffusion 1.x or 2.x directory"
         )
+    notes = []
+    if denoiser.variant is not None:
+        notes.append(f"note: the UNet has {denoiser.variant} weights only; they are widened to the run's precision")
     if prediction_type is not None:
-        return [f"note: prediction_type {prediction_type} overrides the scheduler's {denoiser.prediction_type}"]
-    return []
+        notes.append(f"note: prediction_type {prediction_type} overrides the scheduler's {denoiser.prediction_type}")
+    return notes
 
 
 def check_sizes(

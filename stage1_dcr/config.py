@@ -22,6 +22,9 @@ class Stage1Config:
     """Name of the run: results go to `<runs_dir>/<run>`."""
     runs_dir: str = "runs"
     """Where runs live."""
+    profile: Literal["recipe", "published"] = "recipe"
+    """`published` sets what the published code did otherwise, known defects included, wherever this config does not:
+    prediction_type, normalisation and four values of `views` (stage1_dcr/profiles.py)."""
 
     tower: str
     """Vision tower: a Hugging Face directory or cached hub id of a CLIP or SigLIP model, or `mini`."""
@@ -33,6 +36,8 @@ class Stage1Config:
     """Pixels the tower sees; None: the size in the tower's own config, the only one its positions fit."""
     diffusion_size: int | None = None
     """Pixels the VAE sees; None: the tower's size, as in the published code."""
+    normalisation: Literal["tower", "openai"] = "tower"
+    """Mean and std of the pixels in training: those of the tower's own processor, or OpenAI's for every tower."""
     seed: int = 0
     """Of everything: initialisation, data order, crops, views, noise and timesteps."""
 

@@ -10,8 +10,12 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from dcr_mllm.errors import UserError
+from dcr_mllm.headers import resolve_weights, weight_file
+from dcr_mllm.log import get_logger
 from stage1_dcr import shared_prompt
 from stage1_dcr.graphs import RecordedPredict
+
+logger = get_logger(__name__)
 
 PredictionType = Literal["epsilon", "velocity"]
 # What checkpoints call it -> what this project calls it.
@@ -88,12 +92,13 @@ class Denoiser:
         The text encoder and the tokenizer run once, on the empty prompt, and are dropped.
 
         Args:
-            path: Directory or hub id.
+            path: Directory or downloaded hub id; its weights in one file or in shards, plain or of the fp16 variant.
             device: Where to put it.
             dtype: Precision of the UNet and the autoencoder; noise schedule and targets are always fp32.
             prediction_type: Overrides the scheduler's own, where its config is known to be wrong.
         """
-        path = str(path)
+        directory = resolve_weights(path, "denoiser")
+        path = str(directory)
         scheduler = _load_scheduler(path)
         declared = scheduler.config.prediction_type if prediction_type is None else prediction_type
         if declared not in _PREDICTION_TYPES:
@@ -103,8 +108,15 @@ class Denoiser:
             )
         # float16 overflows in the autoencoders of some models, and the encoder is a small part of the work.
         vae_dtype = torch.float32 if dtype == torch.float16 else dtype
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=vae_dtype, use_safetensors=True)
-        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=dtype, use_safetensors=True)
+        vae, unet = (
+            kind.from_pretrained(
+                path, subfolder=part, torch_dtype=precision, use_safetensors=True, variant=_variant(directory / part)
+            )
+            for kind, part, precision in (
+                (AutoencoderKL, "vae", vae_dtype),
+                (UNet2DConditionModel, "unet", dtype),
+            )
+        )
         denoiser = cls(
             vae,
             unet,
@@ -256,7 +268,13 @@ def encode_empty_prompt(path: str | Path) -> Tensor:
     from transformers import AutoTokenizer, CLIPTextModel
 
     tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
-    encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", use_safetensors=True).eval()
+    encoder = CLIPTextModel.from_pretrained(
+        path,
+        subfolder="text_encoder",
+        dtype=torch.float32,
+        use_safetensors=True,
+        variant=_variant(Path(path) / "text_encoder"),
+    ).eval()
     # A tokenizer directory without its vocabulary loads silently, with two tokens.
     if len(tokenizer) != encoder.config.vocab_size:
         raise UserError(
@@ -267,6 +285,14 @@ def encode_empty_prompt(path: str | Path) -> Tensor:
     ids = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
         return encoder(ids).last_hidden_state[0].float()
+
+
+def _variant(part: Path) -> str | None:
+    """`fp16` where a part has weights of that variant only; the libraries look for nothing but what they are told."""
+    if "fp16" not in weight_file(part).name:
+        return None
+    logger.info("%s has fp16 weights only; they are widened to the precision of the run", part)
+    return "fp16"
 
 
 def _load_scheduler(path: str) -> DDPMScheduler:

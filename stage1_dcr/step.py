@@ -61,6 +61,7 @@ class TrainingStep(nn.Module):
         self._diffusion_size = config.diffusion_size or statistics.size
         self._objective = config.projector_objective if phase == "projector" else config.tower_objective
         self._tau = config.tau
+        self._views = config.views
         self._timestep_range = config.timestep_range
         self._rows_per_chunk = config.rows_per_chunk
         self._keep_close = config.keep_close if phase == "tower" else 0.0
@@ -97,8 +98,9 @@ class TrainingStep(nn.Module):
         noisy_latents = denoiser.add_noise(latents, noise, timesteps)
         target = denoiser.target(latents, noise, timesteps)
 
+        normalised = self._normalise(tower_pixels)
         if self._objective == "dcr":
-            both = torch.cat([tower_pixels, augment(tower_pixels, view_params)])
+            both = torch.cat([normalised, self._view(tower_pixels, normalised, view_params)])
             features = self._features(both)
             conditions, positives = self._projector()(features).chunk(2)
             rows = self._rows_per_chunk
@@ -117,7 +119,7 @@ class TrainingStep(nn.Module):
             values = {name: value for name, value in stats._asdict().items() if isinstance(value, Tensor)}
             values["num_negatives"] = torch.full((), float(stats.num_negatives), device=loss.device)
         else:
-            both = tower_pixels
+            both = normalised
             features = self._features(both)
             loss = reconstruction_loss(self._projector()(features), noisy_latents, timesteps, target, denoiser.predict)
             values = {"reconstruction": loss}
@@ -130,21 +132,28 @@ class TrainingStep(nn.Module):
         self.metrics.add(values)
         return {"loss": loss}
 
-    def _features(self, pixels: Tensor) -> Tensor:
-        """Pixels in [0, 1] -> class embeddings [.., width]; no graph where the tower is frozen."""
-        normalised = normalise(pixels, self._statistics.mean, self._statistics.std)
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        return normalise(pixels, self._statistics.mean, self._statistics.std)
+
+    def _view(self, pixels: Tensor, normalised: Tensor, view_params: Tensor) -> Tensor:
+        """The positive view of pixels in [0, 1], normalised."""
+        if self._views.space == "normalised":
+            return augment(normalised, view_params, self._views.interpolation)
+        return self._normalise(augment(pixels, view_params, self._views.interpolation))
+
+    def _features(self, normalised: Tensor) -> Tensor:
+        """Normalised pixels -> class embeddings [.., width]; no graph where the tower is frozen."""
         tower = self._tower()
         parameter = next(tower.parameters())
-        if not torch.is_autocast_enabled(pixels.device.type):
+        if not torch.is_autocast_enabled(normalised.device.type):
             normalised = normalised.to(parameter.dtype)
         with torch.set_grad_enabled(self._phase == "tower" and torch.is_grad_enabled()):
             return tower(normalised)
 
-    def _distance_to_base(self, features: Tensor, pixels: Tensor) -> Tensor:
+    def _distance_to_base(self, features: Tensor, normalised: Tensor) -> Tensor:
         """Mean of 1 - cosine to the frozen base tower's class embeddings, in fp32."""
         reference = self._reference()
         assert reference is not None, "keep_close needs the base tower"
-        normalised = normalise(pixels, self._statistics.mean, self._statistics.std)
         with torch.no_grad():
             base = reference(normalised.to(next(reference.parameters()).dtype))
         return (1 - F.cosine_similarity(features.float(), base.float(), dim=-1)).mean()

@@ -7,13 +7,14 @@ ZeRO 3 whatever `from_pretrained` loads after it comes out empty.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dcr_mllm.headers import resolve_weights
+from dcr_mllm.headers import denoiser_summary, resolve_weights, tower_summary
 from dcr_mllm.launch import Launch
 from dcr_mllm.log import get_logger, rank
 from dcr_mllm.runs import PROVENANCE_FILE, Run, atomic_directory, hash_directory, provenance, write_json_atomic
@@ -32,6 +33,7 @@ from stage1_dcr.config import Stage1Config
 from stage1_dcr.denoiser import Denoiser
 from stage1_dcr.hardware import choose_attention, prepare_denoiser
 from stage1_dcr.images import StreamPosition, fingerprint, make_loader
+from stage1_dcr.profiles import OPENAI_MEAN, OPENAI_STD, known_defects
 from stage1_dcr.projector import Projector
 from stage1_dcr.step import Phase, TrainingStep
 
@@ -49,6 +51,8 @@ class Stage1:
         self.tower_path = resolve_weights(config.tower, "tower")
         self.denoiser_path = resolve_weights(config.denoiser, "denoiser")
         self.statistics: ImageStatistics = image_statistics(self.tower_path)
+        if config.normalisation == "openai":
+            self.statistics = dataclasses.replace(self.statistics, mean=OPENAI_MEAN, std=OPENAI_STD)
         self.dtype = torch.bfloat16 if launch.precision == "bf16" else torch.float32
         self.denoiser = Denoiser.load(
             self.denoiser_path, device="cpu", dtype=self.dtype, prediction_type=config.prediction_type
@@ -240,6 +244,7 @@ def _export(stage: Stage1, state: dict[str, Tensor], run: Run, data: str | list[
             denoiser=stage.denoiser_path,
             data=fingerprint(data),
             prediction_type=stage.denoiser.prediction_type,
+            known_defects=known_defects(config, tower_summary(stage.tower_path), denoiser_summary(stage.denoiser_path)),
             steps={"projector": config.projector_steps, "tower": config.tower_steps},
             seeds={"seed": config.seed},
             num_processes=stage.launch.num_processes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -21,6 +22,9 @@ class ViewConfig:
         horizontal_flip: probability. 0 by default: pulling a picture and its mirror image together erases orientation,
             which is one of the things a better tower should see.
         vertical_flip: probability, 0 by default for the same reason.
+        space: what is augmented: `pixels` in [0, 1], which are normalised afterwards, or `normalised` ones as in the
+            published code, where colour operations clamp to [0, 1] and so lose what is darker than the mean.
+        interpolation: of the crop.
     """
 
     brightness: float = 0.1
@@ -31,6 +35,8 @@ class ViewConfig:
     crop_ratio: tuple[float, float] = (0.9, 1.1)
     horizontal_flip: float = 0.0
     vertical_flip: float = 0.0
+    space: Literal["pixels", "normalised"] = "pixels"
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation"):

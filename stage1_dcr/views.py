@@ -84,16 +84,17 @@ def _crop_size(config: ViewConfig, attempts: Tensor) -> Tensor:
     return torch.where(fits.any(dim=1, keepdim=True), chosen, whole)
 
 
-def augment(images: Tensor, params: Tensor) -> Tensor:
+def augment(images: Tensor, params: Tensor, interpolation: str = "bicubic") -> Tensor:
     """Makes one view of each image: brightness, contrast, saturation, hue, crop and resize, flips, in this order.
 
     The order is fixed, where torchvision's ColorJitter shuffles it: a batch would fall apart into one part per order.
-    The crop is bicubic without antialiasing: the box is never larger than the output, so nothing shrinks. Neutral
-    parameters return the input bit for bit.
+    The crop needs no antialiasing: the box is never larger than the output, so nothing shrinks. Neutral parameters
+    return the input bit for bit.
 
     Args:
-        images: [B, 3, H, W] float in [0, 1].
+        images: [B, 3, H, W] float in [0, 1]. Values outside are clamped by the first operation, as in torchvision.
         params: [B, P] from `draw_view_params`.
+        interpolation: `bicubic` or `bilinear`, of the crop.
 
     Returns:
         [B, 3, H, W] float32 in [0, 1].
@@ -108,7 +109,7 @@ def augment(images: Tensor, params: Tensor) -> Tensor:
     view = _blend(view, _grey(view).mean(dim=(1, 2, 3), keepdim=True), contrast)
     view = _blend(view, _grey(view), saturation)
     view = torch.where(hue == 0, view, _shift_hue(view, hue))
-    return _crop(view, params)
+    return _crop(view, params, interpolation)
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     return torch.stack(channels, dim=1).clamp(0, 1)
 
 
-def _crop(images: Tensor, params: Tensor) -> Tensor:
+def _crop(images: Tensor, params: Tensor, interpolation: str) -> Tensor:
     """Cuts the box of each sample, flips it, and resizes it to the full image."""
     height, width = images.shape[-2:]
     center, size, flips = params[:, 4:6], params[:, 6:8], params[:, 8:10]
@@ -153,7 +154,7 @@ def _crop(images: Tensor, params: Tensor) -> Tensor:
     y = 2 * (center[:, 1, None] + extent[:, 1, None] * down) - 1  # [B, H]
     shape = (len(images), height, width)
     grid = torch.stack([x[:, None, :].expand(shape), y[:, :, None].expand(shape)], dim=-1)
-    view = functional.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
+    view = functional.grid_sample(images, grid, mode=interpolation, padding_mode="border", align_corners=False)
     # Sampling at the pixel centres is the identity only up to rounding.
     untouched = ((size == 1) & (flips == 0)).all(dim=1)[:, None, None, None]
     return torch.where(untouched, images, view.clamp(0, 1))

@@ -107,9 +107,12 @@ def _load_vision(path: Path, kind: str, dtype: torch.dtype) -> PreTrainedModel:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the text side of a dual encoder is reported as unexpected
     try:
-        return classes[kind].from_pretrained(path, dtype=dtype, local_files_only=True)
+        vision = classes[kind].from_pretrained(path, dtype=dtype, local_files_only=True)
     finally:
         logging.set_verbosity(verbosity)
+    # MetaCLIP 2's image side is CLIP's under a name of its own, which a saved LLaVA must not carry on.
+    vision.config.model_type = VISION_TYPES[kind]
+    return vision
 
 
 def _llava(

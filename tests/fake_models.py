@@ -45,6 +45,8 @@ def tower_tensors(
             tensors[f"vision_model.encoder.layers.{layer}.{part}.weight"] = (hidden, hidden)
     if model_type == "clip":
         tensors["visual_projection.weight"] = (width, hidden)
+    else:
+        tensors["vision_model.head.attention.in_proj_weight"] = (3 * hidden, hidden)
     return tensors
 
 

@@ -39,15 +39,19 @@ class Kind:
         has_class_token: Whether token 0 is a class token; SigLIP pools by attention instead.
         pad_to_max_length: SigLIP was trained on texts padded to full length, reads its last position and never saw a
             mask; CLIP reads the end-of-text token, so its padding does not matter.
+        lower_case: Whether it was trained on lower-cased texts. SigLIP's tokenizer and CLIP's see to that themselves,
+            the Gemma tokenizer of SigLIP 2 does not.
     """
 
     has_class_token: bool
     pad_to_max_length: bool
+    lower_case: bool
 
 
 KINDS = {
-    "clip": Kind(has_class_token=True, pad_to_max_length=False),
-    "siglip": Kind(has_class_token=False, pad_to_max_length=True),
+    "clip": Kind(has_class_token=True, pad_to_max_length=False, lower_case=False),
+    "metaclip_2": Kind(has_class_token=True, pad_to_max_length=False, lower_case=False),
+    "siglip": Kind(has_class_token=False, pad_to_max_length=True, lower_case=True),
 }
 
 
@@ -162,6 +166,8 @@ class DualEncoder:
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """[N, D] L2-normalised text embeddings."""
         max_length = self.text_config.max_position_embeddings
+        if self.kind.lower_case:
+            texts = [text.lower() for text in texts]
         unique = list(dict.fromkeys(texts))  # statements repeat, at least in drawn sets
         embeddings, num_cut = [], 0
         for start in range(0, len(unique), self.batch_size):

@@ -154,7 +154,7 @@ def test_tower_without_a_layer_or_of_another_shape(tmp_path: Path) -> None:
 def test_other_models_are_no_towers(tmp_path: Path, model_type: str | None) -> None:
     tower = write_tower(tmp_path / "t")
     edit(tower / "config.json", model_type=model_type)
-    with pytest.raises(UserError, match="expected one of clip, siglip"):
+    with pytest.raises(UserError, match="expected one of clip, metaclip_2, siglip"):
         tower_summary(tower)
 
 

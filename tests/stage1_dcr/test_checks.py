@@ -17,6 +17,7 @@ import pytest
 from dcr_mllm.errors import UserError
 from dcr_mllm.launch import DEEPSPEED_DIR, deepspeed_file
 from stage1_dcr.checks import check_data, expand, preflight
+from stage1_dcr.view_config import ViewConfig
 from tests.fake_models import OPENAI_MEAN, OPENAI_STD, write_denoiser, write_json, write_projector, write_tower
 
 
@@ -32,6 +33,9 @@ class Config:
     batch_size: int = 8
     projector: str | None = None
     deepspeed: str = "auto"
+    prediction_type: str | None = None
+    normalisation: str = "tower"
+    views: ViewConfig = dataclasses.field(default_factory=ViewConfig)
 
 
 @pytest.fixture
@@ -211,13 +215,14 @@ def test_deepspeed_files_all_state_gradient_clipping(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_imported_and_it_is_quick(config: Config) -> None:
     code = (
-        "import json, sys, types\n"
+        "import sys\n"
         "from stage1_dcr.checks import preflight\n"
-        "preflight(types.SimpleNamespace(**json.loads(sys.argv[1])))\n"
+        "from stage1_dcr.config import Stage1Config\n"
+        "preflight(Stage1Config(tower=sys.argv[1], denoiser=sys.argv[2], data='mini'))\n"
         "print([name for name in ('torch', 'transformers', 'diffusers', 'datasets', 'numpy') if name in sys.modules])"
     )
     started = time.monotonic()
-    command = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(config))]
+    command = [sys.executable, "-c", code, config.tower, config.denoiser]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert time.monotonic() - started < 5

@@ -65,7 +65,7 @@ def test_tower_sees_the_pixels_that_its_processor_makes(directory: Path, tiny_de
     step._tower().vision_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
     )
-    step._features(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255)
+    step._features(step._normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255))
     assert (seen[0] - expected).abs().max() < 1e-2
 
 
