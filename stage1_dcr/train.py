@@ -164,6 +164,8 @@ def run_phase(stage: Stage1, phase: Phase, projector: Projector, run: Run, data:
         metrics=module.metrics,
         metrics_file=metrics_file,
         phase=phase,
+        config=config,
+        replay="stage1_dcr.replay",
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = gathered_trainable_state(trainer)

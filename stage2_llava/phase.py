@@ -164,6 +164,8 @@ def train_phase(
         metrics=step.metrics,
         metrics_file=arm / "metrics.jsonl",
         phase=name,
+        config=config,
+        replay="stage2_llava.replay",
         groups=parameter_groups(
             step,
             learning_rate=phase.learning_rate,
