@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dcr_mllm import __version__
 from dcr_mllm.config import nearest
 from dcr_mllm.errors import UserError
+from dcr_mllm.log import rank
+from dcr_mllm.stopping import Stopped
 
 GROUP = "dcr_mllm.commands"
 
@@ -22,9 +24,16 @@ def commands() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def run_main(function: Callable[[], int | None]) -> int:
-    """Runs an entry point: a `UserError` becomes one line on stderr and exit status 2, an interruption 130."""
+    """Runs an entry point: a `UserError` becomes one line on stderr and exit status 2, an interruption 130.
+
+    A run that has stopped as it was told says so, and has not failed.
+    """
     try:
         return function() or 0
+    except Stopped as stopped:
+        if rank() == 0:
+            print(stopped, flush=True)
+        return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,7 @@
-"""How a command is launched: one process, or `torchrun` over all visible GPUs, or NPROC processes on the CPU."""
+"""How a command is launched: one process, or `torchrun` over all visible GPUs, or NPROC processes on the CPU.
+
+MAX_RESTARTS lets `torchrun` start the processes again, from the last checkpoint, when one of them has died.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,13 @@ from typing import Literal
 
 from dcr_mllm.errors import UserError
 from dcr_mllm.headers import read_json
+from dcr_mllm.log import get_logger
 
+logger = get_logger(__name__)
+
+# What every launcher sets for each of its processes.
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+_RENDEZVOUS = (*_LAUNCHED, "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 _ANNOUNCED = "DCR_MLLM_ANNOUNCED"
 DEEPSPEED_DIR = Path(__file__).parent / "deepspeed"
 
@@ -43,7 +52,22 @@ class Launch:
 
 def is_child() -> bool:
     """Whether a launcher (torchrun, deepspeed) has started this process."""
-    return "LOCAL_RANK" in os.environ
+    return all(name in os.environ for name in _LAUNCHED)
+
+
+def forget_other_launches() -> None:
+    """Drop what an earlier launch, or a scheduler, has left in the environment of a process that nobody launched.
+
+    A RANK, a MASTER_ADDR or a default for torchrun (PET_NNODES) that belongs to something else would have this process
+    wait for others that never come.
+    """
+    if is_child():
+        return
+    left = [name for name in os.environ if name in _RENDEZVOUS or name.startswith(("PET_", "TORCHELASTIC_"))]
+    for name in sorted(left):
+        del os.environ[name]
+    if left:
+        logger.warning("no launcher has started this process, so these variables are ignored: %s", ", ".join(left))
 
 
 def announces() -> bool:
@@ -53,15 +77,19 @@ def announces() -> bool:
 
 def num_processes_wanted() -> int:
     """`WORLD_SIZE` under a launcher, else `NPROC`, else the number of visible GPUs, at least 1."""
-    for name in ("WORLD_SIZE", "NPROC"):
-        value = os.environ.get(name)
-        if value is not None:
-            if not value.isdigit() or int(value) < 1:
-                raise UserError(f"{name} must be a positive number of processes, found {value!r}.")
-            return int(value)
+    name = "WORLD_SIZE" if is_child() else "NPROC"
+    if name in os.environ:
+        return _number(name, "processes", least=1)
     import torch
 
     return max(1, torch.cuda.device_count())
+
+
+def _number(name: str, of: str, *, least: int) -> int:
+    value = os.environ[name]
+    if not value.isdigit() or int(value) < least:
+        raise UserError(f"{name} must be a number of {of}, at least {least}, found {value!r}.")
+    return int(value)
 
 
 def decide(precision: str, deepspeed: str) -> Launch:
@@ -76,6 +104,7 @@ def decide(precision: str, deepspeed: str) -> Launch:
     """
     import torch
 
+    forget_other_launches()
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         # Otherwise DeepSpeed, which libraries import by themselves, warns that it has to guess.
@@ -111,10 +140,15 @@ def deepspeed_file(value: str) -> Path | None:
 
 
 def start_processes(num_processes: int, module: str, argv: list[str]) -> None:
-    """Replace this process by `torchrun --standalone` with the same command; returns only if one process is enough."""
+    """Replace this process by `torchrun --standalone` with the same command; returns only if one process is enough.
+
+    It is `dcr_mllm.torchrun`, which ends with 0 when its processes have saved and stopped as they were told.
+    """
     if num_processes == 1 or is_child():
         return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    restarts = _number("MAX_RESTARTS", "restarts", least=0) if "MAX_RESTARTS" in os.environ else 0
+    command = [sys.executable, "-m", "dcr_mllm.torchrun", "--standalone", f"--nproc-per-node={num_processes}"]
+    command.append(f"--max-restarts={restarts}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     os.environ[_ANNOUNCED] = "1"
     sys.stdout.flush()

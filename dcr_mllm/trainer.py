@@ -4,6 +4,7 @@
   saves its position per rank, so that a killed run goes on with the very next batch.
 - A checkpoint holds trainable tensors only, and counts only once its `COMPLETE` marker is written.
 - Metrics add up on the device and are read when they are logged; they go to `metrics.jsonl` and every tracker.
+- A run that is told to stop saves at the end of its step; one whose loss is not finite keeps that step (see `watch`).
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import sort_checkpoints
 
+from dcr_mllm.bad_step import refuse_to_repeat
+from dcr_mllm.config import to_yaml
 from dcr_mllm.errors import UserError
 from dcr_mllm.hardware import HardwareConfig, tf32_argument
 from dcr_mllm.launch import Launch, use_single_process_environment
 from dcr_mllm.log import get_logger
 from dcr_mllm.prefetch import Prefetcher
 from dcr_mllm.runs import write_text_atomic
+from dcr_mllm.stopping import deaf
+from dcr_mllm.watch import Watch
 
 logger = get_logger(__name__)
 
@@ -176,17 +181,24 @@ class StreamTrainer(Trainer):
         metrics: Metrics,
         metrics_file: Path,
         phase: str,
+        config: Any,
+        replay: str,
         prefetch: bool = False,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs, callbacks=[StopOnBadLoss()])
+        super().__init__(**kwargs)
+        refuse_to_repeat(metrics_file.parent)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossOnTheBar())
+        if isinstance(loader, DataLoader):
+            loader.worker_init_fn = deaf(loader.worker_init_fn)
         self._loader: Any = Prefetcher(loader, self.args.device) if prefetch else loader
         self.position = position
         self.metrics = metrics
         self._metrics_file = metrics_file
-        self._phase = phase
+        self.phase = phase
+        self._watch = Watch(self, metrics_file.parent, to_yaml(config), replay)
+        self.add_callback(self._watch)
         self._last_log: tuple[float, int] | None = None
         # Whether the module's forward takes `num_items_in_batch`; otherwise its loss is a mean over the micro-batch.
         self.model_accepts_loss_kwargs = getattr(self.model, "accepts_loss_kwargs", False)
@@ -201,7 +213,26 @@ class StreamTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.position.update(inputs)
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != "cursor"}
+        kept = dict(tensors)
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            kept["num_items_in_batch"] = torch.as_tensor(num_items_in_batch)
+        self._watch.begin(kept)
         return super().training_step(model, tensors, num_items_in_batch)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        self._watch.forward_done(loss, last=self.accelerator.sync_gradients)
+        return loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method.
+
+        Raises:
+            Stopped: A signal ended it early; it is saved.
+        """
+        output = super().train(*args, **kwargs)
+        self._watch.raise_if_stopped()
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -216,7 +247,7 @@ class StreamTrainer(Trainer):
             self._last_log = (now, step)
         super().log(logs, start_time)
         if self.is_world_process_zero() and "loss" in logs:
-            line = json.dumps({"phase": self._phase, "step": self.state.global_step, **logs})
+            line = json.dumps({"phase": self.phase, "step": self.state.global_step, **logs})
             with self._metrics_file.open("a") as file:
                 file.write(line + "\n")
 
@@ -236,6 +267,7 @@ class StreamTrainer(Trainer):
         safetensors.torch.save_file(chosen, directory / WEIGHTS, metadata={"format": "pt"})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._watch.refuse_bad_weights(last_checkpoint(Path(self.args.output_dir)))
         directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         directory.mkdir(parents=True, exist_ok=True)
         (directory / COMPLETE).unlink(missing_ok=True)
@@ -248,15 +280,6 @@ class StreamTrainer(Trainer):
             for old in sort_checkpoints(self.args.output_dir)[:-2]:
                 _remove(Path(old))
         self.accelerator.wait_for_everyone()
-
-
-class StopOnBadLoss(TrainerCallback):
-    """Stops when a logged loss is not finite: everything after it would be wasted."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if loss is not None and not torch.isfinite(torch.tensor(loss)):
-            raise UserError(f"The loss is {loss} at step {state.global_step}: lower the learning rate or use fp32.")
 
 
 class LossOnTheBar(ProgressCallback):

@@ -20,6 +20,7 @@ from dcr_mllm.hardware import warn_ignored
 from dcr_mllm.launch import announces, decide, is_child, start_processes
 from dcr_mllm.log import get_logger, rank
 from dcr_mllm.runs import Run, open_run
+from dcr_mllm.stopping import listening
 from stage1_dcr.checks import preflight
 from stage1_dcr.config import Stage1Config
 from stage1_dcr.profiles import profile_values
@@ -56,6 +57,7 @@ def _main(argv: list[str]) -> int:
         return 0
 
     launch = decide(config.precision, config.deepspeed)
+    config.num_negatives(launch.num_processes)  # refuses more than there are
     if announces():
         print(launch.describe(config.batch_size, config.accumulation))
         for note in notes:
@@ -77,10 +79,11 @@ def _main(argv: list[str]) -> int:
         _data(config)
         start_processes(launch.num_processes, "stage1_dcr", argv)
 
-    from stage1_dcr.train import run_stage1
+    with listening():
+        from stage1_dcr.train import run_stage1
 
-    run = open_run(config.runs_dir, config, create=rank() == 0)
-    results: dict[str, Any] = run_stage1(config, launch, run, _data(config))
+        run = open_run(config.runs_dir, config, create=rank() == 0)
+        results: dict[str, Any] = run_stage1(config, launch, run, _data(config))
     if rank() == 0:
         if config.evaluate and "tower" in results:
             results["evaluation"] = _evaluate(config, run)

@@ -54,6 +54,6 @@ def model_card(config: Stage1Config, record: dict[str, Any]) -> str:
         batch=config.batch_size,
         accumulation=config.accumulation,
         processes=record["num_processes"],
-        negatives=config.batch_size - 1,
+        negatives=config.num_negatives(record["num_processes"]),
         seed=config.seed,
     )

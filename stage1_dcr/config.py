@@ -48,6 +48,9 @@ class Stage1Config:
     """Loss of the tower phase; `reconstruction` is the baseline that DCR is compared with."""
     tau: float = 0.1
     """Temperature of the contrast."""
+    negatives: Literal["local", "global"] | int = "local"
+    """Whose conditions a row is contrasted with: `local`: the other images of its process's micro-step, as in the
+    published code; `global`: those of all processes; K: the K that follow its own among those of all processes."""
     prediction_type: Literal["epsilon", "velocity"] | None = None
     """Target of the denoiser; None: as its scheduler says (the published code always took velocity)."""
     timestep_range: tuple[int, int] = (0, 1000)
@@ -81,7 +84,7 @@ class Stage1Config:
 
     # Optimisation
     batch_size: int = 16
-    """Images per process and micro-step; negatives per row are `batch_size - 1` (they stay local to a process)."""
+    """Images per process and micro-step."""
     accumulation: int = 2
     """Micro-steps per optimizer step."""
     weight_decay: float = 0.01
@@ -137,6 +140,8 @@ class Stage1Config:
                 raise UserError(f"{name} must be positive, found {getattr(self, name)}.")
         if self.batch_size < 2:
             raise UserError(f"batch_size must be at least 2 (one image has no negatives), found {self.batch_size}.")
+        if isinstance(self.negatives, int) and self.negatives < 1:
+            raise UserError(f"negatives must be local, global or a number of at least 1, found {self.negatives}.")
         if self.rows_per_chunk != "auto" and self.rows_per_chunk < 1:
             raise UserError(f"rows_per_chunk must be auto or at least 1, found {self.rows_per_chunk}.")
         if self.hardware.wants_fixed_shapes and self.rows_per_chunk != "auto" and self.batch_size % self.rows_per_chunk:
@@ -151,3 +156,21 @@ class Stage1Config:
             raise UserError("projector_steps is 0 and no projector is given: name one with projector=DIR.")
         if not self.run or "/" in self.run:
             raise UserError(f"run must be a name without slashes, found {self.run!r}.")
+
+    def num_negatives(self, num_processes: int) -> int:
+        """Negatives per row with this many processes.
+
+        Raises:
+            UserError: `negatives` is a number that there are not enough images for.
+        """
+        if self.negatives == "local":
+            return self.batch_size - 1
+        available = self.batch_size * num_processes - 1
+        if self.negatives == "global":
+            return available
+        if self.negatives > available:
+            raise UserError(
+                f"negatives is {self.negatives}, but {num_processes} x {self.batch_size} images (processes x "
+                f"batch_size) have at most {available} others; lower it or write negatives=global."
+            )
+        return self.negatives

@@ -39,11 +39,10 @@ def seconds_per_step(stage: Stage1) -> float:
     denoiser.to(device)
     latents = torch.randn(1, *stage.latent_shape, device=device)
     timesteps = torch.full((1,), denoiser.num_train_timesteps // 2, device=device)
+    samples_per_row = config.num_negatives(stage.launch.num_processes) + 2  # the anchor and its view
     best = float("inf")
     for _ in range(_REPEATS):  # the first one warms up
-        conditions = torch.randn(
-            1, config.batch_size + 1, denoiser.cross_attention_dim, device=device, requires_grad=True
-        )
+        conditions = torch.randn(1, samples_per_row, denoiser.cross_attention_dim, device=device, requires_grad=True)
         started = time.perf_counter()
         denoiser.predict(latents, timesteps, conditions).float().square().mean().backward()
         if device.type == "cuda":

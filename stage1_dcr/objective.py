@@ -64,6 +64,8 @@ def dcr_loss(
     *,
     tau: float = 0.1,
     rows_per_chunk: int = 1,
+    first_row: int | None = None,
+    num_negatives: int | None = None,
 ) -> tuple[Tensor, DCRStats]:
     """Diffusion contrastive reconstruction loss of one batch.
 
@@ -71,11 +73,14 @@ def dcr_loss(
     augmented view and the ground truth; the negatives are the predictions under the other rows' conditions. With
     ``s = cosine(anchor, .) / tau`` over all ``B + 1`` of them, ``loss_i = -1/2 sum_positives (s_p - logsumexp(s))``.
 
+    Negatives from beyond the batch come with ``first_row``: ``conditions`` are then those of a larger batch, of which
+    this one is a part. ``num_negatives`` takes as many of the others, those that follow the row's own in cyclic order.
+
     Gradients reach ``conditions`` and ``positives`` only: ``predict`` is treated as frozen, and they are computed
     during this call, so the returned loss can be differentiated once.
 
     Args:
-        conditions: ``[B, D]``, one per image.
+        conditions: ``[B, D]``, one per image; with ``first_row`` ``[N, D]``, N >= B.
         positives: ``[B, D]``, conditions of the augmented views.
         noisy_latents: ``[B, C, h, w]``.
         timesteps: ``[B]``, integers.
@@ -83,35 +88,41 @@ def dcr_loss(
         predict: The frozen denoiser, see :data:`Predict`.
         tau: Temperature.
         rows_per_chunk: Rows of the grid that are in memory at a time.
+        first_row: Where in ``conditions`` this batch's own begin; None: they are all its own.
+        num_negatives: Negatives per row; None: all other conditions.
 
     Returns:
         The scalar loss (fp32) and its statistics.
 
     Raises:
-        ValueError: If there are no negatives (B = 1) or the arguments do not fit each other.
+        ValueError: If there are no negatives (one condition) or the arguments do not fit each other.
     """
-    batch = conditions.shape[0]
-    if batch < 2:
-        raise ValueError(f"The DCR loss needs a batch of at least 2 per process, found {batch}: one has no negatives.")
-    if positives.shape != conditions.shape:
+    total, batch = len(conditions), len(positives)
+    if total < 2:
+        raise ValueError(f"The DCR loss needs a batch of at least 2, found {total}: one has no negatives.")
+    if first_row is None and positives.shape != conditions.shape:
         raise ValueError(
             f"positives {tuple(positives.shape)} must have the shape of conditions {tuple(conditions.shape)}."
         )
+    if not 0 <= (first_row or 0) <= total - batch:
+        raise ValueError(f"first_row is {first_row}, but {batch} rows from there on are not in {total} conditions.")
+    if num_negatives is not None and not 1 <= num_negatives < total:
+        raise ValueError(f"num_negatives must be in 1..{total - 1} for {total} conditions, found {num_negatives}.")
     if not len(noisy_latents) == len(timesteps) == len(target) == batch:
         raise ValueError(
-            f"noisy_latents, timesteps and target must have {batch} rows as conditions has, found "
+            f"noisy_latents, timesteps and target must have {batch} rows as positives has, found "
             f"{len(noisy_latents)}, {len(timesteps)} and {len(target)}."
         )
     if tau <= 0 or rows_per_chunk < 1:
         raise ValueError(f"tau and rows_per_chunk must be positive, found {tau} and {rows_per_chunk}.")
-    arguments = (noisy_latents, timesteps, target, predict, tau, rows_per_chunk)
+    arguments = (noisy_latents, timesteps, target, predict, tau, rows_per_chunk, first_row or 0, num_negatives)
     if torch.is_grad_enabled() and (conditions.requires_grad or positives.requires_grad):
         loss, stats = _RowWiseDCR.apply(conditions, positives, *arguments)
     else:
         stats = _forward_rows(conditions, positives, *arguments)
         loss = stats[0]
     means = dict(zip(DCRStats._fields, stats.detach().unbind(), strict=False))
-    return loss, DCRStats(**means, num_negatives=batch - 1)
+    return loss, DCRStats(**means, num_negatives=num_negatives or total - 1)
 
 
 def reconstruction_loss(
@@ -134,7 +145,13 @@ def reconstruction_loss(
         return F.mse_loss(_fp32(prediction), _fp32(target))
 
 
-def auto_rows_per_chunk(batch_size: int, device: torch.device | str, *, latent_area: int = _REFERENCE_AREA) -> int:
+def auto_rows_per_chunk(
+    batch_size: int,
+    device: torch.device | str,
+    *,
+    latent_area: int = _REFERENCE_AREA,
+    num_negatives: int | None = None,
+) -> int:
     """Rows of the grid to run at a time.
 
     On a CPU one row of ``B + 1`` samples at 28 x 28 already keeps all cores busy, and larger chunks only leave the
@@ -152,13 +169,15 @@ def auto_rows_per_chunk(batch_size: int, device: torch.device | str, *, latent_a
         batch_size: Images per process.
         device: Where the denoiser runs.
         latent_area: Height times width of the latents.
+        num_negatives: Per row; None: ``batch_size - 1``.
 
     Returns:
         A divisor of ``batch_size``: all chunks have one shape, which compiled kernels and CUDA graphs are made for.
     """
     reference = _CPU_SAMPLES if torch.device(device).type == "cpu" else _CUDA_SAMPLES
     samples = reference * _REFERENCE_AREA / latent_area
-    largest = max(1, min(batch_size, int(samples / (batch_size + 1))))
+    samples_per_row = (batch_size - 1 if num_negatives is None else num_negatives) + 2  # the anchor and its view
+    largest = max(1, min(batch_size, int(samples / samples_per_row)))
     return next(rows for rows in range(largest, 0, -1) if batch_size % rows == 0)
 
 
@@ -182,7 +201,7 @@ class _RowWiseDCR(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_stats: Tensor) -> tuple[Tensor | None, ...]:
         conditions_grad, positives_grad = ctx.saved_tensors
-        none = (None,) * 6
+        none = (None,) * 8
         return conditions_grad * grad_loss, positives_grad * grad_loss, *none
 
 
@@ -195,17 +214,24 @@ def _forward_rows(
     predict: Predict,
     tau: float,
     rows_per_chunk: int,
+    first_row: int,
+    num_negatives: int | None,
     *,
     backward_into: list[Tensor] | None = None,
 ) -> Tensor:
     """Statistics ``[6]`` of the whole batch in the order of :class:`DCRStats`; given leaves, their gradients too."""
-    batch = conditions.shape[0]
+    total, batch = len(conditions), len(positives)
 
     def run(chunk: slice) -> Tensor:  # a function, so that nothing of one chunk survives into the next
-        rows = torch.arange(batch, device=conditions.device)[chunk]
-        grid = torch.cat([conditions.expand(len(rows), -1, -1), positives[chunk, None]], dim=1)
+        rows = torch.arange(first_row, first_row + batch, device=conditions.device)[chunk]
+        if num_negatives is None:
+            candidates, own = conditions.expand(len(rows), -1, -1), rows
+        else:
+            following = torch.arange(num_negatives + 1, device=rows.device)
+            candidates, own = conditions[(rows[:, None] + following) % total], torch.zeros_like(rows)
+        grid = torch.cat([candidates, positives[chunk, None]], dim=1)
         predictions = predict(noisy_latents[chunk], timesteps[chunk], grid)
-        loss, stats = contrast(predictions, target[chunk], rows, tau=tau)
+        loss, stats = contrast(predictions, target[chunk], own, tau=tau)
         if backward_into is not None:
             # Only these leaves: whatever else `predict` may reach is none of our business.
             torch.autograd.backward(loss * (_GRAD_SCALE / batch), inputs=backward_into)
@@ -219,9 +245,9 @@ def contrast(predictions: Tensor, target: Tensor, rows: Tensor, *, tau: float) -
     """Loss of some rows of the grid, in fp32 whatever the precision of the denoiser.
 
     Args:
-        predictions: ``[R, B + 1, ...]``: under every condition of the batch, then under the augmented view's.
+        predictions: ``[R, M + 1, ...]``: under the M conditions of the row, then under the augmented view's.
         target: ``[R, ...]``.
-        rows: ``[R]``, which of the B conditions is each row's own, hence its anchor.
+        rows: ``[R]``, which of the M conditions is each row's own, hence its anchor.
         tau: Temperature.
 
     Returns:

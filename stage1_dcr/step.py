@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dcr_mllm.towers import ImageStatistics, VisionTower
 from dcr_mllm.trainer import Metrics
+from stage1_dcr.negatives import Gather, gather_conditions
 from stage1_dcr.objective import auto_rows_per_chunk, dcr_loss, reconstruction_loss
 from stage1_dcr.projector import Projector
 from stage1_dcr.views import augment, normalise, resize
@@ -62,6 +63,8 @@ class TrainingStep(nn.Module):
         self._objective = config.projector_objective if phase == "projector" else config.tower_objective
         self._tau = config.tau
         self._views = config.views
+        self.negatives = config.negatives
+        self.gather: Gather = gather_conditions  # replaced by a replay, which has the other processes' conditions
         self._timestep_range = config.timestep_range
         self._rows_per_chunk = config.rows_per_chunk
         self._keep_close = config.keep_close if phase == "tower" else 0.0
@@ -103,9 +106,18 @@ class TrainingStep(nn.Module):
             both = torch.cat([normalised, self._view(tower_pixels, normalised, view_params)])
             features = self._features(both)
             conditions, positives = self._projector()(features).chunk(2)
+            first_row = None
+            if self.negatives != "local":
+                conditions, first_row = self.gather(conditions)
+            num_negatives = self.negatives if isinstance(self.negatives, int) else None
             rows = self._rows_per_chunk
             if rows == "auto":
-                rows = auto_rows_per_chunk(len(images), images.device, latent_area=noise.shape[-1] * noise.shape[-2])
+                rows = auto_rows_per_chunk(
+                    len(images),
+                    images.device,
+                    latent_area=noise.shape[-1] * noise.shape[-2],
+                    num_negatives=num_negatives or len(conditions) - 1,
+                )
             loss, stats = dcr_loss(
                 conditions,
                 positives,
@@ -115,6 +127,8 @@ class TrainingStep(nn.Module):
                 denoiser.predict,
                 tau=self._tau,
                 rows_per_chunk=rows,
+                first_row=first_row,
+                num_negatives=num_negatives,
             )
             values = {name: value for name, value in stats._asdict().items() if isinstance(value, Tensor)}
             values["num_negatives"] = torch.full((), float(stats.num_negatives), device=loss.device)

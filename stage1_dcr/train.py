@@ -172,6 +172,8 @@ def run_phase(stage: Stage1, phase: Phase, projector: Projector, run: Run, data:
         metrics_file=metrics_file,
         phase=phase,
         prefetch=config.hardware.prefetch,
+        config=config,
+        replay="stage1_dcr.replay",
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = gathered_trainable_state(trainer)

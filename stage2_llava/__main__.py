@@ -21,6 +21,7 @@ from dcr_mllm.hardware import warn_ignored
 from dcr_mllm.launch import Launch, announces, decide, is_child, start_processes
 from dcr_mllm.log import rank
 from dcr_mllm.runs import Run, open_run
+from dcr_mllm.stopping import listening
 from stage2_llava.checks import MINI, accumulation, preflight, tower_to_make
 from stage2_llava.config import Stage2Config
 
@@ -75,10 +76,11 @@ def _main(argv: list[str]) -> int:
         if tower_to_make(config, tower) is not None:
             raise UserError(f"tower {tower} does not exist; run stage 1 ({config.stage1}) first, torchrun cannot do it")
 
-    from stage2_llava.train import run_stage2
+    with listening():
+        from stage2_llava.train import run_stage2
 
-    run = open_run(config.runs_dir, config, create=rank() == 0)
-    results = run_stage2(config, launch, run, _data(config))
+        run = open_run(config.runs_dir, config, create=rank() == 0)
+        results = run_stage2(config, launch, run, _data(config))
     if rank() == 0:
         if config.heldout is not None:
             results["heldout"] = _ask_heldout(config, launch, run, results)

@@ -165,6 +165,8 @@ def train_phase(
         metrics_file=arm / "metrics.jsonl",
         phase=name,
         prefetch=config.hardware.prefetch,
+        config=config,
+        replay="stage2_llava.replay",
         groups=parameter_groups(
             step,
             learning_rate=phase.learning_rate,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -26,6 +27,22 @@ def clean_environment(num_processes: int = 1) -> dict[str, str]:
     return environment
 
 
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(marker: Path, process: subprocess.Popen, log: Path, timeout: float = 280) -> None:
+    """Until a file exists; the process must live that long."""
+    deadline = time.monotonic() + timeout
+    while not marker.exists():
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, f"no {marker}"
+        time.sleep(0.002)
+
+
 def run_to_end(argv: list[str], environment: dict[str, str], timeout: float = 800) -> str:
     """Run, expect success, and give what was printed. Children go with their parent when time is up."""
     process = subprocess.Popen(
@@ -44,10 +61,6 @@ def kill_when_there(argv: list[str], environment: dict[str, str], marker: Path, 
     """Start, and kill -9 with all children as soon as a file exists."""
     with log.open("w") as file:
         process = subprocess.Popen(argv, env=environment, stdout=file, stderr=file, start_new_session=True)
-        deadline = time.monotonic() + 280
-        while not marker.exists():
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, f"no {marker}"
-            time.sleep(0.002)
+        wait_for(marker, process, log)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -29,6 +29,7 @@ PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 SCRIPTS = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 COMMANDS = SCRIPTS["entry-points"]["dcr_mllm.commands"]
 STAGES = {"scripts/stage1.sh": "stage1_dcr", "scripts/stage2_llava.sh": "stage2_llava"}
+CLUSTER = ("scripts/cluster/torchrun_ssh.sh", "scripts/cluster/deepspeed_hostfile.sh")
 
 PARSED_ONLY = {"hf", "pip", "img2dataset", "git", "cd", "export", "apt-get", "tensorboard"}
 """Download, install, or somebody else's program."""
@@ -71,6 +72,11 @@ def split(words: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
     settings, rest = {}, list(words)
     while rest and re.fullmatch(r"\w+=.*", rest[0]):
         name, _, settings[name] = rest.pop(0).partition("=")
+    if rest[:3] == ["python", "-m", "dcr_mllm.torchrun"]:
+        rest = ["torchrun", *rest[3:]]
+    if rest and rest[0] == "sbatch":
+        script = next(i for i, word in enumerate(rest[1:], 1) if not word.startswith("-"))
+        rest = ["bash", rest[script], settings["CONFIG"], *rest[script + 1 :]]
     if rest and rest[0] == "torchrun":
         start = next((i for i, word in enumerate(rest[1:], 1) if word == "-m" or word.endswith(".py")), None)
         assert start is not None, f"torchrun without a program: {words}"
@@ -159,6 +165,8 @@ def test_command(command: Command, in_a_copy: None, monkeypatch: pytest.MonkeyPa
         subprocess.run(["bash", "-n", REPO / script], check=True)
         if script in STAGES:
             dry_run(STAGES[script], arguments)
+        elif script in CLUSTER or script.endswith(".sbatch"):
+            dry_run(settings.get("STAGE", "stage1_dcr"), arguments)
     elif head == "dcr-mllm":
         name, *arguments = arguments
         assert name in COMMANDS, f"dcr-mllm has no command {name}"

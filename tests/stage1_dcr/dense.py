@@ -8,9 +8,19 @@ from torch import Tensor
 
 
 def dense_dcr_loss(
-    conditions: Tensor, positives: Tensor, noisy_latents: Tensor, timesteps: Tensor, target: Tensor, unet, *, tau=0.1
+    conditions: Tensor,
+    positives: Tensor,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    target: Tensor,
+    unet,
+    *,
+    tau=0.1,
+    num_negatives=None,
 ) -> Tensor:
     """DCR loss over the undivided grid.
+
+    With `num_negatives` K, row i has the K rows after it as negatives, row 0 following the last one.
 
     Args:
         conditions, positives: ``[B, D]``.
@@ -28,7 +38,8 @@ def dense_dcr_loss(
     losses = []
     for i in range(batch):
         anchor = table[i, i]
-        others = [table[i, j] for j in range(batch) if j != i]
+        around = [*range(i + 1, batch), *range(i)]
+        others = [table[i, j] for j in around[: batch - 1 if num_negatives is None else num_negatives]]
         candidates = torch.stack([views[i], target[i].flatten(), *others])
         logits = F.cosine_similarity(anchor[None], candidates, dim=-1) / tau
         losses.append(-F.log_softmax(logits, dim=0)[:2].mean())

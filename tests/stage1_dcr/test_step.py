@@ -40,13 +40,13 @@ def build(tower_dir: Path, denoiser_dir: Path, phase: str = "tower", **settings:
     )
 
 
-def batch(size: int = 32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
+def batch(size: int = 32, num: int = BATCH, seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     return {
-        "images": torch.randint(256, (BATCH, 3, size, size), generator=generator, dtype=torch.uint8),
-        "view_params": draw_view_params(ViewConfig(), generator, BATCH),
-        "timestep_uniform": torch.rand(BATCH, generator=generator),
-        "noise": torch.randn(BATCH, 4, size // 4, size // 4, generator=generator),
+        "images": torch.randint(256, (num, 3, size, size), generator=generator, dtype=torch.uint8),
+        "view_params": draw_view_params(ViewConfig(), generator, num),
+        "timestep_uniform": torch.rand(num, generator=generator),
+        "noise": torch.randn(num, 4, size // 4, size // 4, generator=generator),
     }
 
 
