@@ -1,8 +1,7 @@
 """Shards: the parts that image data are made of, be it tars, folders, Parquet files or Hugging Face datasets.
 
 A shard yields encoded images, always in the same order, which is all that the stream in `images` needs to be shuffled,
-split over ranks and workers, and restarted. Shards can be sent to worker processes and open nothing before they are
-read.
+split over ranks, and restarted. Shards open nothing before they are read.
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dcr_mllm.errors import UserError
+from stage1_dcr.remote import open_binary
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm"})
 TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz")
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")
+_TAR_PIECE = 1 << 18  # bytes read at a time
 
 Wanted = Callable[[int], bool]
 
@@ -84,7 +85,10 @@ class TarShard(FileShard):
         index = 0  # number of images begun, so that a break has the same index whether or not they are wanted
         key = ""
         try:
-            with self.file as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_CheckedHeader) as tar:
+            with (
+                open_binary(self.file) as stream,
+                tarfile.open(fileobj=stream, mode="r|*", tarinfo=_CheckedHeader, bufsize=_TAR_PIECE) as tar,
+            ):
                 for member in tar:
                     folder, _, base = member.name.rpartition("/")
                     stem, _, extension = base.partition(".")
@@ -113,7 +117,7 @@ class ParquetShard(FileShard):
         first = index = 0
         damage = (OSError, ValueError)  # pyarrow's ArrowInvalid is a ValueError
         try:
-            with self.file as stream:
+            with open_binary(self.file) as stream:
                 table = pyarrow.parquet.ParquetFile(stream)
                 column = image_column(table.schema_arrow.names, self.location)
                 for group in range(table.num_row_groups):

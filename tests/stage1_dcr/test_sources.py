@@ -62,8 +62,8 @@ def test_sources(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_FILES_PER_SHARD", 7)
     monkeypatch.setattr(sources, "_ROWS_PER_SHARD", 7)
     data = make_source(kind, tmp_path)
-    for world_size, workers in ((1, 0), (2, 5)):
-        keys = epoch_keys(data, world_size=world_size, workers=workers, shuffle_buffer=4)
+    for world_size in (1, 2, 10):
+        keys = epoch_keys(data, world_size=world_size, shuffle_buffer=4)
         assert len(keys) == 30 and len(set(keys)) == 30
     whole = take(loader_of(data, shuffle_buffer=4), 12)
     loader = loader_of(data, shuffle_buffer=4)
@@ -78,7 +78,7 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
     data = f"hf:{tmp_path / 'hub'}:train"
     source = open_source(data)
     assert len(source.shards) == 3
-    keys = epoch_keys(source, world_size=2, workers=2)
+    keys = epoch_keys(source, world_size=2)
     assert len(set(keys)) == len(keys) == 30
     with pytest.raises(UserError, match="cannot be opened"):
         open_source(f"hf:{tmp_path / 'hub'}:nonsense")
@@ -176,7 +176,7 @@ def test_truncated_tar_keeps_what_came_before(tmp_path, warnings, where, consume
     else:
         cut(tmp_path / "0.tar", offset + {"content": 520, "header": 100, "boundary": 0}[where])
     data = f"{tmp_path}/*.tar"
-    keys = epoch_keys(data, world_size=consumers, workers=0, max_skipped_fraction=0.5)
+    keys = epoch_keys(data, world_size=consumers, max_skipped_fraction=0.5)
     assert sorted(int(key[-6:]) for key in keys) == [*range(12), *range(20, 40)]
     begun = 12 if where == "content" else 11
     assert f"0.tar/0000{begun}: the shard {tmp_path}/0.tar breaks off here" in logged(warnings)
@@ -194,7 +194,7 @@ def test_break_counts_once_over_all_consumers_and_restarts_exactly(tmp_path, whe
         changes = {"world_size": world_size, "rank": rank, "batch_size": 2, "max_skipped_fraction": 0.5}
         changes["shuffle_buffer"] = 3
         whole = loader_of(data, **changes)
-        entries = whole.dataset._entries(Cursor(), rank, world_size)
+        entries = whole.order._epoch(Cursor())
         breaks += [entry.key for _, entry in entries if entry.data is None]
         expected = take(whole, 16)
         for stop in range(16):
@@ -227,7 +227,7 @@ def test_nothing_but_broken_images(tmp_path):
     write_tar(tmp_path / "0.tar", 0, 5, broken=tuple(range(5)))
     with pytest.raises(UserError, match="5 of 5 images are broken"):
         take(loader_of(f"{tmp_path}/*.tar"), 1)
-    with pytest.raises(UserError, match="no image for worker 0"):
+    with pytest.raises(UserError, match="no image for rank 0"):
         take(loader_of(f"{tmp_path}/*.tar", max_skipped_fraction=1.0), 1)
 
 
@@ -239,7 +239,7 @@ def test_broken_rows_and_parquet_files(tmp_path, warnings):
     cut(write_parquet(tmp_path / "b.parquet", 20), 500)
     rows = [encode(0), None, b"", encode(3)]
     pyarrow.parquet.write_table(pyarrow.table({"image": rows}), tmp_path / "c.parquet")
-    keys = epoch_keys(f"{tmp_path}/*.parquet", world_size=1, workers=0, max_skipped_fraction=0.5)
+    keys = epoch_keys(f"{tmp_path}/*.parquet", max_skipped_fraction=0.5)
     assert sorted(keys) == [f"a.parquet/{i:08d}" for i in range(20)] + ["c.parquet/00000000", "c.parquet/00000003"]
     text = logged(warnings)
     assert "b.parquet cannot be read" in text and "c.parquet/00000001" in text and "c.parquet/00000002" in text
@@ -255,7 +255,7 @@ def test_damaged_row_group_leaves_the_others(tmp_path, warnings, world_size):
     start = column.dictionary_page_offset or column.data_page_offset
     content[start : start + 16] = b"\xff" * 16
     path.write_bytes(content)
-    keys = epoch_keys(str(path), world_size=world_size, workers=0, max_skipped_fraction=0.5)
+    keys = epoch_keys(str(path), world_size=world_size, max_skipped_fraction=0.5)
     assert sorted(int(key[-8:]) for key in keys) == [*range(8), *range(12, 20)]
     assert "rest of row group 2" in logged(warnings)
 
