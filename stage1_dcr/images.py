@@ -112,6 +112,27 @@ def _as_it_is(chunk: dict[str, Any]) -> dict[str, Any]:
     return chunk
 
 
+def _tell_split(num_shards: int, world_size: int) -> None:
+    """Warns of a split over the ranks that costs reading, or lets epochs drift apart."""
+    if num_shards < world_size:
+        logger.warning(
+            "only %d shards for %d processes: each process reads all of them and keeps every %dth image; "
+            "write the data in at least %d shards",
+            num_shards,
+            world_size,
+            world_size,
+            world_size,
+        )
+    elif num_shards % world_size and num_shards < 4 * world_size:
+        logger.warning(
+            "%d shards for %d processes: in an epoch some read %d and others %d, who begin the next one earlier",
+            num_shards,
+            world_size,
+            num_shards // world_size + 1,
+            num_shards // world_size,
+        )
+
+
 def make_loader(
     data: str | Sequence[str] | Source,
     *,
@@ -170,6 +191,8 @@ def make_loader(
     check_range("crop_scale", crop_scale, 1.0)
     check_range("crop_ratio", crop_ratio, math.inf)
     source = open_source(data)
+    if rank == 0:
+        _tell_split(len(source.shards), world_size)
     order = EntryOrder(
         source, chunk_size=batch_size, seed=seed, rank=rank, world_size=world_size, shuffle_buffer=shuffle_buffer
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import time
-from typing import Any, BinaryIO, cast
+from collections.abc import Callable
+from typing import Any, BinaryIO, TypeVar, cast
 
 from dcr_mllm.log import get_logger
 
@@ -12,6 +14,8 @@ logger = get_logger(__name__)
 
 _PIECE = 1 << 20  # bytes
 _WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before the second, third ... attempt
+
+T = TypeVar("T")
 
 
 def open_binary(file: Any) -> BinaryIO:
@@ -51,29 +55,28 @@ class _RemoteFile(io.RawIOBase):
         return offset
 
     def readinto(self, buffer: Any) -> int:
-        attempt = 0
-        while True:
-            try:
-                if self._file is None:
-                    self._file = self._open()
-                data = self._file.read(len(buffer))
-                break
-            # HTTP clients and stores raise errors of their own that have nothing in common.
-            except Exception as error:
-                self._drop()
-                if not self._options and isinstance(error, ValueError) and "range requests" in str(error):
-                    if self._sought:
-                        raise OSError("its server gives whole files only, and this one is not read in order") from error
-                    self._options = {"block_size": 0}  # one long answer instead of many ranges
-                    continue
-                if attempt == len(_WAITS):
-                    raise OSError(f"{_name(error)} ({attempt + 1} attempts)") from error
-                logger.warning("%s, byte %d: %s; trying again", without_query(self._path), self._position, _name(error))
-                time.sleep(_WAITS[attempt])
-                attempt += 1
+        try:
+            data = patiently(lambda: self._read(len(buffer)), f"{without_query(self._path)}, byte {self._position}")
+        # HTTP clients and stores raise errors of their own that have nothing in common.
+        except Exception as error:
+            raise OSError(_describe(error)) from error
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            if self._file is None:
+                self._file = self._open()
+            return self._file.read(size)
+        except Exception as error:
+            self._drop()
+            if self._options or not (isinstance(error, ValueError) and "range requests" in str(error)):
+                raise
+        if self._sought:
+            raise PermissionError("its server gives whole files only, and this one is not read in order")
+        self._options = {"block_size": 0}  # one long answer instead of many ranges
+        return self._read(size)
 
     def _open(self) -> Any:
         file = self._fs.open(self._path, "rb", **self._options)
@@ -98,12 +101,33 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
 
-def _name(error: Exception) -> str:
-    """An error with the one that caused it, since file systems turn everything into FileNotFoundError."""
+def patiently(attempt: Callable[[], T], what: str) -> T:
+    """Calls until there is an answer, with growing pauses; a last failure, or one that will not pass, is raised."""
+    for wait in (*_WAITS, None):
+        try:
+            return attempt()
+        except Exception as error:
+            if wait is None or _is_final(error):
+                raise
+            logger.warning("%s: %s; trying again in %g s", what, _describe(error), wait)
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether trying again is of no use: not there, not allowed, not possible."""
+    status = getattr(error.__cause__ or error, "status", None)  # of HTTP
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in (408, 429)
+    # Some file systems report whatever went wrong as a file that is not there; they name the cause.
+    return isinstance(error, (FileNotFoundError, PermissionError)) and error.__cause__ is None
+
+
+def _describe(error: Exception) -> str:
     cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ is not None else ""
-    return f"{type(error).__name__}: {without_query(str(error))}{cause}"
+    return without_query(f"{type(error).__name__}: {error}{cause}")
 
 
-def without_query(location: str) -> str:
-    """A URL without what follows `?`: signatures change, and belong into no log."""
-    return location.partition("?")[0] if "://" in location else location
+def without_query(text: str) -> str:
+    """Text without what follows `?` in URLs: signatures expire, and belong into neither names nor logs."""
+    return re.sub(r"(\w+://[^\s?'\")]*)\?[^\s'\")]*", r"\1", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import tarfile
 from collections import Counter
@@ -93,6 +94,69 @@ def test_fingerprint_holds_when_data_move_and_changes_with_them(tmp_path):
     before = fingerprint(str(folder))
     (folder / "class0" / "000.png").rename(folder / "class0" / "x.png")
     assert fingerprint(str(folder)) != before
+
+
+def test_shards_of_the_same_name_in_several_folders(tmp_path):
+    """Keys decide about noise and crops: they must be unique."""
+    for folder in "ab":
+        write_tars(tmp_path / folder, [3, 3])
+    for data in (f"{tmp_path}/{{a,b}}/{{00000..00001}}.tar", f"{tmp_path}/*/*.tar", f"file://{tmp_path}/{{a,b}}/*.tar"):
+        assert [shard.name for shard in open_source(data).shards] == [f"{f}/0000{i}.tar" for f in "ab" for i in (0, 1)]
+        assert len(epoch_keys(data)) == 12
+    assert [shard.name for shard in open_source(f"{tmp_path}/a/{{00000..00001}}.tar").shards] == [
+        "00000.tar",
+        "00001.tar",
+    ]
+
+
+def write_img2dataset(folder: Path, form: str) -> str:
+    """The output folder of img2dataset: two shards of four images, and one download in each that failed."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir()
+    for shard in range(2):
+        rows = []
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for number in range(5):
+                key = f"{shard:05d}{number:04d}"
+                failed = number == 2
+                row = {"key": key, "url": "u", "caption": "a photo", "status": "failed_to_download", "width": None}
+                rows.append(row if failed else {**row, "status": "success", "width": 12})
+                if form == "parquet":
+                    rows[-1]["jpg"] = None if failed else encode(5 * shard + number, fmt="JPEG")
+                if failed:
+                    continue
+                files = {"jpg": encode(5 * shard + number, fmt="JPEG"), "txt": b"a photo", "json": b"{}"}
+                for extension, content in files.items():
+                    if form == "webdataset":
+                        member = tarfile.TarInfo(f"{key}.{extension}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+                    elif form == "files":
+                        (folder / f"{shard:05d}").mkdir(exist_ok=True)
+                        (folder / f"{shard:05d}" / f"{key}.{extension}").write_bytes(content)
+        if form != "webdataset":
+            (folder / f"{shard:05d}.tar").unlink()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{shard:05d}.parquet")
+        (folder / f"{shard:05d}_stats.json").write_text("{}")
+    return str(folder)
+
+
+@pytest.mark.parametrize("form", ["webdataset", "parquet", "files"])
+def test_output_of_img2dataset_as_it_is(form, tmp_path):
+    """Nothing is taken for an image that is none, and a failed download is no broken image."""
+    folder = write_img2dataset(tmp_path / "cc3m", form)
+    names = {shard.name.partition("-")[0] for shard in open_source(folder).shards}
+    kind = {"webdataset": "tar", "parquet": "parquet"}.get(form)
+    assert names == ({f"00000.{kind}", f"00001.{kind}"} if kind else {"000000"})
+    loader = loader_of(folder, batch_size=2, max_skipped_fraction=0.0)
+    assert Counter(Counter(keys_of(take(loader, 8))).values()) == {2: 8}
+    assert loader.position.seen == 16 and loader.position.skipped == 0
+    if form == "webdataset":
+        assert len(epoch_keys(f"{folder}/{{00000..00001}}.tar")) == 8
+        with pytest.raises(UserError, match="no image column.*name the tars"):
+            open_source(f"{folder}/*.parquet")
 
 
 def test_expand_braces():
@@ -197,7 +261,7 @@ def test_break_counts_once_over_all_consumers_and_restarts_exactly(tmp_path, whe
         entries = whole.order._epoch(Cursor())
         breaks += [entry.key for _, entry in entries if entry.data is None]
         expected = take(whole, 16)
-        for stop in range(16):
+        for stop in range(0, 16, 3):
             loader = loader_of(data, **changes)
             head = take(loader, stop)
             loader = loader_of(data, position=StreamPosition.from_json(loader.position.to_json()), **changes)
@@ -237,12 +301,12 @@ def test_broken_rows_and_parquet_files(tmp_path, warnings):
 
     write_parquet(tmp_path / "a.parquet", 20)
     cut(write_parquet(tmp_path / "b.parquet", 20), 500)
-    rows = [encode(0), None, b"", encode(3)]
+    rows = [encode(0), None, b"", encode(3)]  # None is no image, not a broken one
     pyarrow.parquet.write_table(pyarrow.table({"image": rows}), tmp_path / "c.parquet")
     keys = epoch_keys(f"{tmp_path}/*.parquet", max_skipped_fraction=0.5)
     assert sorted(keys) == [f"a.parquet/{i:08d}" for i in range(20)] + ["c.parquet/00000000", "c.parquet/00000003"]
     text = logged(warnings)
-    assert "b.parquet cannot be read" in text and "c.parquet/00000001" in text and "c.parquet/00000002" in text
+    assert "b.parquet cannot be read" in text and "c.parquet/00000002" in text and "00000001" not in text
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -266,6 +330,21 @@ def test_vanished_file_is_skipped(tmp_path, warnings):
     (folder / "class0" / "003.png").unlink()
     assert len(set(keys_of(take(loader, 3)))) == 9
     assert "class0/003.png" in logged(warnings)
+
+
+@pytest.mark.parametrize(
+    ("shards", "world_size", "message"),
+    [
+        (3, 8, "only 3 shards for 8 processes: each process reads all of them"),
+        (9, 8, "9 shards for 8 processes: in an epoch some read 2 and others 1"),
+        (8, 8, None),
+        (33, 8, None),
+        (1, 1, None),
+    ],
+)
+def test_a_poor_split_is_told(tmp_path, warnings, shards, world_size, message):
+    loader_of(write_tars(tmp_path, [2] * shards), world_size=world_size)
+    assert logged(warnings).startswith(message) if message else not logged(warnings)
 
 
 def test_small_data_warn_of_doubles(tmp_path, warnings):
