@@ -38,7 +38,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from scripts.measuring import machine  # noqa: E402
 
-SIDE, PER_SHARD, BATCH, SHUFFLED = 512, 500, 16, 2000
+SIDE, BATCH, SHUFFLED = 512, 16, 2000
 CROP_SCALE, CROP_RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
 LIMITS = {"ratio": 1.0}
 AIM = 1.5
@@ -72,7 +72,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         tell("drawing images")
-        num_bytes = write_shards(Path(folder), options.images)
+        num_bytes = write_shards(Path(folder), options.images, min(500, options.images // (2 * options.workers)))
         sides: dict[str, list[dict[str, float]]] = {"plain": [], "ours": [], "with_views": []}
         for number in range(options.rounds):
             for side, found in sides.items():
@@ -205,7 +205,7 @@ class PlainTransform:
 LOADERS = {"plain": plain, "ours": ours, "with_views": with_views}
 
 
-def write_shards(folder: Path, count: int) -> int:
+def write_shards(folder: Path, count: int, per_shard: int) -> int:
     """Draws JPEGs into tars with captions and metadata as img2dataset writes them; returns the bytes of all JPEGs."""
     import numpy as np
     from PIL import Image
@@ -213,9 +213,9 @@ def write_shards(folder: Path, count: int) -> int:
     rng = np.random.default_rng(0)
     canvases = [draw_canvas(rng) for _ in range(4)]
     total = 0
-    for first in range(0, count, PER_SHARD):
-        with tarfile.open(folder / f"{first // PER_SHARD:05d}.tar", "w") as tar:
-            for index in range(first, min(first + PER_SHARD, count)):
+    for first in range(0, count, per_shard):
+        with tarfile.open(folder / f"{first // per_shard:05d}.tar", "w") as tar:
+            for index in range(first, min(first + per_shard, count)):
                 canvas = canvases[rng.integers(len(canvases))]
                 top, left = rng.integers(0, len(canvas) - SIDE, 2)
                 window = canvas[top : top + SIDE, left : left + SIDE]

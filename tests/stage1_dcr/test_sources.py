@@ -217,6 +217,19 @@ def test_broken_image_is_skipped_counted_and_named(tmp_path, warnings):
     assert "0.tar/000004" in logged(warnings)
 
 
+def test_broken_images_leave_batches_full_and_restarts_exact(tmp_path):
+    """A broken image shifts the batches against the chunks that workers decode; a restart begins with a fresh chunk."""
+    write_tar(tmp_path / "0.tar", 0, 20, broken=(3, 10, 11, 12, 17))
+    data, changes = f"{tmp_path}/*.tar", {"max_skipped_fraction": 0.5}
+    expected = take(loader_of(data, **changes), 14)
+    assert all(len(batch["keys"]) == len(batch["images"]) == 3 for batch in expected)
+    assert_same(take(loader_of(data, num_workers=2, **changes), 14), expected)
+    for stop in (1, 2, 3, 6, 9):
+        loader = loader_of(data, **changes)
+        head = take(loader, stop)
+        assert_same(head + take(loader_of(data, position=loader.position, **changes), 14 - stop), expected)
+
+
 def cut(path: Path, keep: int) -> Path:
     path.write_bytes(path.read_bytes()[:keep])
     return path
