@@ -46,15 +46,17 @@ AIM = 1.5
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=5000, help="per measurement (default 5000)")
+    parser.add_argument("--images", type=int, default=5000, help="in the shards (default 5000)")
+    parser.add_argument("--measured", type=int, default=1600, help="images of each measurement (default 1600)")
     parser.add_argument("--workers", type=int, default=1, help="worker processes of each side (default 1)")
     parser.add_argument("--size", type=int, default=224, help="side of the training images (default 224)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side (default 3)")
     options = parser.parse_args(argv)
     if options.workers < 1 or options.rounds < 1 or options.size < 1:
         parser.error("--workers, --rounds and --size must be at least 1")
-    if options.images < 4 * BATCH * (options.workers + 1):
-        parser.error(f"--images must be at least {4 * BATCH * (options.workers + 1)} with {options.workers} workers")
+    least = 4 * BATCH * (options.workers + 1)
+    if not least <= options.measured <= options.images:
+        parser.error(f"--measured must be at least {least} with {options.workers} workers, and at most --images")
     try:
         import webdataset  # noqa: F401
     except ImportError:
@@ -95,6 +97,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "medians": medians,
         "all": sides,
         "images": options.images,
+        "measured": options.measured,
         "workers": options.workers,
         "image": {"side": SIDE, "mean_bytes": round(num_bytes / options.images), "size_in_training": options.size},
         "machine": {
@@ -135,7 +138,7 @@ def cpu_seconds() -> float:
 
 
 def ours(folder: str, options: argparse.Namespace) -> Iterable[tuple[Any, ...]]:
-    """Images and view parameters, once over the data."""
+    """Images and view parameters."""
     from stage1_dcr.images import make_loader
 
     loader = make_loader(
@@ -149,7 +152,7 @@ def ours(folder: str, options: argparse.Namespace) -> Iterable[tuple[Any, ...]]:
         crop_scale=CROP_SCALE,
         crop_ratio=CROP_RATIO,
     )
-    for batch in itertools.islice(loader, options.images // BATCH):
+    for batch in itertools.islice(loader, options.measured // BATCH):
         yield batch["images"], batch["view_params"]
 
 
@@ -163,7 +166,7 @@ def with_views(folder: str, options: argparse.Namespace) -> Iterable[tuple[Any, 
 
 
 def plain(folder: str, options: argparse.Namespace) -> Iterable[tuple[Any, ...]]:
-    """Images and views, once over the data."""
+    """Images and views."""
     import webdataset
 
     urls = sorted(map(str, Path(folder).glob("*.tar")))
@@ -175,7 +178,8 @@ def plain(folder: str, options: argparse.Namespace) -> Iterable[tuple[Any, ...]]
         .map(PlainTransform(options.size))
         .batched(BATCH, partial=False)
     )
-    return webdataset.WebLoader(data, batch_size=None, num_workers=options.workers)
+    loader = webdataset.WebLoader(data, batch_size=None, num_workers=options.workers)
+    return itertools.islice(loader, options.measured // BATCH)
 
 
 class PlainTransform:

@@ -28,11 +28,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 def options(**changes: int) -> argparse.Namespace:
-    return argparse.Namespace(**{"images": 64, "workers": 1, "size": 32, "rounds": 1, **changes})
+    return argparse.Namespace(**{"images": 64, "measured": 64, "workers": 1, "size": 32, "rounds": 1, **changes})
 
 
 def test_prints_one_object(capsys):
-    assert benchmark_data.main(["--images", "128", "--rounds", "1", "--size", "16"]) == 0
+    assert benchmark_data.main(["--images", "128", "--measured", "128", "--rounds", "1", "--size", "16"]) == 0
     found = json.loads(capsys.readouterr().out)
     speed = {side: found["medians"][side]["images_per_second_and_worker"] for side in found["all"]}
     assert found["ratio"] == speed["ours"] / speed["plain"] and set(speed) == {"plain", "ours", "with_views"}
@@ -66,7 +66,7 @@ def test_images_are_like_photographs(folder):
     assert power[:16].mean() > 30 * power[64:].mean()
 
 
-@pytest.mark.parametrize("wrong", [["--workers", "0"], ["--rounds", "0"], ["--images", "20"]])
+@pytest.mark.parametrize("wrong", [["--workers", "0"], ["--rounds", "0"], ["--measured", "20"], ["--images", "20"]])
 def test_wrong_options_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         benchmark_data.main(wrong)
