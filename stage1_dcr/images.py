@@ -206,7 +206,7 @@ def make_loader(
     )
     loader = ImageLoader(
         decoder,
-        batch_sampler=order,  # type: ignore[arg-type]  # it yields the entries themselves instead of their indices
+        batch_sampler=order,  # it yields the entries themselves instead of their indices
         num_workers=num_workers,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),

@@ -82,12 +82,18 @@ class StreamPosition:
 
     @classmethod
     def from_json(cls, text: str) -> StreamPosition:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`; also reads what release 0.1 wrote, if it ran with one worker."""
         values = json.loads(text)
-        if "cursor" not in values:
-            raise UserError("the image stream's position was written by another version: finish with it, or start anew")
-        cursor = Cursor.from_list(values["cursor"])
-        return cls(identity=values["identity"], batches=values["batches"], cursor=cursor)
+        identity = values["identity"]
+        if "cursors" in values:  # 0.1 had an order and a cursor for each worker
+            num_workers = identity.pop("num_workers")
+            if num_workers > 1:
+                raise UserError(
+                    f"the image stream was begun by release 0.1 with num_workers={num_workers}, whose order was another: "
+                    "finish the run with that release, or start a new one"
+                )
+            values["cursor"] = values["cursors"].get("0", Cursor().to_list())
+        return cls(identity=identity, batches=values["batches"], cursor=Cursor.from_list(values["cursor"]))
 
     def bind(self, identity: dict[str, Any]) -> None:
         """Takes over the identity of a new stream, or makes sure that a saved one is the same."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import time
@@ -230,6 +231,20 @@ def test_restart_with_another_split_is_refused(tars, change, name):
     take(loader, 1)
     with pytest.raises(UserError, match=name):
         loader_of(tars, position=StreamPosition.from_json(loader.position.to_json()), **{**setting, **change})
+
+
+def test_position_of_the_first_release(tars):
+    """It had a cursor for each worker; with one worker its order was this one."""
+    loader = loader_of(tars)
+    whole = take(loader, 6)
+    first = loader_of(tars)
+    take(first, 4)
+    identity = {**first.position.identity, "num_workers": 1}
+    old = {"identity": identity, "batches": 4, "cursors": {"0": first.position.cursor.to_list()}}
+    assert_same(take(loader_of(tars, position=StreamPosition.from_json(json.dumps(old))), 2), whole[4:])
+    old["identity"] = {**identity, "num_workers": 2}
+    with pytest.raises(UserError, match="release 0.1 with num_workers=2"):
+        StreamPosition.from_json(json.dumps(old))
 
 
 def test_restart_with_other_data_is_refused(tars, tmp_path):
