@@ -89,7 +89,7 @@ class StreamPosition:
             num_workers = identity.pop("num_workers")
             if num_workers > 1:
                 raise UserError(
-                    f"the image stream was begun by release 0.1 with num_workers={num_workers}, whose order was another: "
+                    f"the image stream was begun by release 0.1 with num_workers={num_workers} and in another order: "
                     "finish the run with that release, or start a new one"
                 )
             values["cursor"] = values["cursors"].get("0", Cursor().to_list())
