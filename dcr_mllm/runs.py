@@ -86,7 +86,7 @@ def open_run(
     config: Any,
     *,
     create: bool = True,
-    ignore: Iterable[str] = ("runs_dir", "report_to", "hardware.prefetch", "hardware.cuda_graphs"),
+    ignore: Iterable[str] = ("runs_dir", "report_to", "num_workers", "hardware.prefetch", "hardware.cuda_graphs"),
     option: str = "run=",
 ) -> Run:
     """Opens `root/<config.run>` for exactly this config.

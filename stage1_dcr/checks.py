@@ -26,6 +26,7 @@ from dcr_mllm.headers import (
 from dcr_mllm.launch import deepspeed_file
 from dcr_mllm.patterns import expand_braces
 from stage1_dcr.profiles import OPENAI_MEAN, OPENAI_STD, known_defects
+from stage1_dcr.remote import without_query
 from stage1_dcr.shards import IMAGE_EXTENSIONS, TAR_EXTENSIONS
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in sorted(IMAGE_EXTENSIONS))
@@ -170,6 +171,7 @@ def check_data(data: str | list[str] | None) -> list[str]:
         if pattern == "mini":
             notes.append("images: drawn scenes of the miniature")
         elif pattern.startswith("hf:") or "://" in pattern:
+            check_protocol(pattern)
             notes.append(f"images: {pattern} (not looked at before training)")
         else:
             paths = expand(pattern)
@@ -188,6 +190,18 @@ def check_data(data: str | list[str] | None) -> list[str]:
                 )
             notes.append(f"images: {pattern} ({len(paths)} path{'s' * (len(paths) > 1)})")
     return notes
+
+
+def check_protocol(url: str) -> None:
+    """Refuses a URL whose protocol is unknown, or needs a package that is not installed."""
+    if "://" not in url:
+        return
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(url.partition("://")[0].rpartition(":")[2])
+    except (ImportError, ValueError) as error:  # both name the package or the protocol
+        raise UserError(f"data {without_query(url)} cannot be opened: {error}") from None
 
 
 def expand(pattern: str) -> list[Path]:

@@ -107,9 +107,10 @@ class Stage1Config:
 
     # Data loading
     num_workers: int = 8
-    """Loader processes per rank."""
+    """Processes that decode images, per training process; the batches do not depend on it, and a resumed run may change
+    it."""
     shuffle_buffer: int = 2000
-    """Images per shuffled block, per worker."""
+    """Images per shuffled block; each training process holds up to twice as many, encoded."""
     max_skipped_fraction: float = 0.05
     """Broken images beyond this share stop the run."""
 

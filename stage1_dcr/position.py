@@ -12,7 +12,7 @@ from dcr_mllm.errors import UserError
 
 @dataclass(kw_only=True)
 class Cursor:
-    """The place of one consumer.
+    """A place in the order of one rank.
 
     Attributes:
         epoch: counts passes over the data.
@@ -44,54 +44,56 @@ class Cursor:
 
 @dataclass(kw_only=True)
 class StreamPosition:
-    """How far one rank has come: counted when the training loop consumes a batch, not when a worker prefetches it.
+    """How far one rank has come: counted when the training loop consumes a batch, not when it is prefetched.
 
     Attributes:
         identity: what the order of the stream depends on; a restart must agree with it.
         batches: consumed by this rank.
-        cursors: worker -> place after its last consumed batch.
+        cursor: place after the last consumed batch.
     """
 
     identity: dict[str, Any] = field(default_factory=dict)
     batches: int = 0
-    cursors: dict[int, Cursor] = field(default_factory=dict)
+    cursor: Cursor = field(default_factory=Cursor)
 
     def update(self, batch: Mapping[str, Any]) -> None:
         """Notes that `batch` has been consumed. Batches must come in the order of the loader."""
-        worker, *cursor = batch["cursor"]
-        self.cursors[int(worker)] = Cursor.from_list(cursor)
+        self.cursor = Cursor.from_list(batch["cursor"])
         self.batches += 1
 
     @property
     def seen(self) -> int:
         """Samples that this rank has dealt with, the broken ones included."""
-        return sum(cursor.seen for cursor in self.cursors.values())
+        return self.cursor.seen
 
     @property
     def skipped(self) -> int:
         """Broken images and shards that this rank has skipped."""
-        return sum(cursor.skipped for cursor in self.cursors.values())
+        return self.cursor.skipped
 
     @property
     def epoch(self) -> int:
-        """The epoch that the foremost worker has reached."""
-        return max((cursor.epoch for cursor in self.cursors.values()), default=0)
-
-    def copy(self) -> StreamPosition:
-        """A copy that later updates leave alone."""
-        return StreamPosition.from_json(self.to_json())
+        """The epoch of the last consumed sample."""
+        return self.cursor.epoch
 
     def to_json(self) -> str:
         """One line of JSON."""
-        cursors = {str(worker): cursor.to_list() for worker, cursor in sorted(self.cursors.items())}
-        return json.dumps({"identity": self.identity, "batches": self.batches, "cursors": cursors})
+        return json.dumps({"identity": self.identity, "batches": self.batches, "cursor": self.cursor.to_list()})
 
     @classmethod
     def from_json(cls, text: str) -> StreamPosition:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`; also reads what release 0.1 wrote, if it ran with one worker."""
         values = json.loads(text)
-        cursors = {int(worker): Cursor.from_list(cursor) for worker, cursor in values["cursors"].items()}
-        return cls(identity=values["identity"], batches=values["batches"], cursors=cursors)
+        identity = values["identity"]
+        if "cursors" in values:  # 0.1 had an order and a cursor for each worker
+            num_workers = identity.pop("num_workers")
+            if num_workers > 1:
+                raise UserError(
+                    f"the image stream was begun by release 0.1 with num_workers={num_workers} and in another order: "
+                    "finish the run with that release, or start a new one"
+                )
+            values["cursor"] = values["cursors"].get("0", Cursor().to_list())
+        return cls(identity=identity, batches=values["batches"], cursor=Cursor.from_list(values["cursor"]))
 
     def bind(self, identity: dict[str, Any]) -> None:
         """Takes over the identity of a new stream, or makes sure that a saved one is the same."""

@@ -1,8 +1,7 @@
 """Shards: the parts that image data are made of, be it tars, folders, Parquet files or Hugging Face datasets.
 
 A shard yields encoded images, always in the same order, which is all that the stream in `images` needs to be shuffled,
-split over ranks and workers, and restarted. Shards can be sent to worker processes and open nothing before they are
-read.
+split over ranks, and restarted. Shards open nothing before they are read.
 """
 
 from __future__ import annotations
@@ -16,10 +15,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dcr_mllm.errors import UserError
+from dcr_mllm.log import get_logger
+from stage1_dcr.remote import open_binary
+
+logger = get_logger(__name__)
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm"})
 TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz")
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")
+_TAR_PIECE = 1 << 18  # bytes read at a time
 
 Wanted = Callable[[int], bool]
 
@@ -84,7 +88,10 @@ class TarShard(FileShard):
         index = 0  # number of images begun, so that a break has the same index whether or not they are wanted
         key = ""
         try:
-            with self.file as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_CheckedHeader) as tar:
+            with (
+                open_binary(self.file) as stream,
+                tarfile.open(fileobj=stream, mode="r|*", tarinfo=_CheckedHeader, bufsize=_TAR_PIECE) as tar,
+            ):
                 for member in tar:
                     folder, _, base = member.name.rpartition("/")
                     stem, _, extension = base.partition(".")
@@ -110,10 +117,10 @@ class ParquetShard(FileShard):
     def samples(self, wanted: Wanted) -> Iterator[Encoded]:
         import pyarrow.parquet
 
-        first = index = 0
+        first = index = num_empty = 0
         damage = (OSError, ValueError)  # pyarrow's ArrowInvalid is a ValueError
         try:
-            with self.file as stream:
+            with open_binary(self.file) as stream:
                 table = pyarrow.parquet.ParquetFile(stream)
                 column = image_column(table.schema_arrow.names, self.location)
                 for group in range(table.num_row_groups):
@@ -122,15 +129,21 @@ class ParquetShard(FileShard):
                     try:
                         if any(wanted(i) for i in range(first, first + rows)):
                             for batch in table.iter_batches(batch_size=64, row_groups=[group], columns=[column]):
-                                for value in batch.column(0):
+                                for cell in batch.column(0):
                                     if wanted(index):
-                                        yield _from_cell(index, f"{self.name}/{index:08d}", value.as_py())
+                                        value = cell.as_py()
+                                        if _is_empty(value):
+                                            num_empty += 1
+                                        else:
+                                            yield _from_cell(index, f"{self.name}/{index:08d}", value)
                                     index += 1
                     except damage as error:
                         if wanted(index):
                             problem = f"{self.location}: the rest of row group {group} cannot be read: {error}"
                             yield Encoded(index, f"{self.name}/{index:08d}", None, problem)
                     first += rows
+            if num_empty:
+                logger.info("%s: %d rows without an image", self.location, num_empty)
         except UserError:
             raise
         except damage as error:
@@ -234,7 +247,15 @@ def image_column(names: Sequence[str], where: str) -> str:
     for name in _IMAGE_COLUMNS:
         if name in names:
             return name
-    raise UserError(f"{where} has no image column: found {list(names)}, expected one of {list(_IMAGE_COLUMNS[:4])}")
+    raise UserError(
+        f"{where} has no image column: found {list(names)}, expected one of {list(_IMAGE_COLUMNS[:4])} "
+        "(beside the tars of img2dataset lies a Parquet file of metadata for each: name the tars)"
+    )
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a table says that there is no image, as img2dataset's do of a failed download: then nothing is broken."""
+    return value is None or (isinstance(value, dict) and value.get("bytes") is None and not value.get("path"))
 
 
 def _from_cell(index: int, key: str, value: Any) -> Encoded:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dcr_mllm.errors import UserError
+from dcr_mllm.log import get_logger
 from dcr_mllm.patterns import expand_braces
+from stage1_dcr.remote import patiently, without_query
 from stage1_dcr.shards import (
     IMAGE_EXTENSIONS,
     TAR_EXTENSIONS,
@@ -26,8 +30,11 @@ from stage1_dcr.shards import (
     saved_dataset,
 )
 
+logger = get_logger(__name__)
+
 _FILES_PER_SHARD = 64
 _ROWS_PER_SHARD = 256
+_PARALLEL_REQUESTS = 16
 _PROBED_SHARDS = 8
 _PROBED_ENTRIES = 1000
 
@@ -60,7 +67,7 @@ def open_source(data: str | os.PathLike[str] | Sequence[str] | Source) -> Source
     shards: list[Shard] = []
     for number, spec in enumerate(specs):
         shards += _list_shards(spec, f"{number}:" if len(specs) > 1 else "")
-    what = ", ".join(specs)
+    what = without_query(", ".join(specs))
     _probe(shards, what)
     digest = hashlib.sha256("".join(f"{shard.name}\t{shard.size}\n" for shard in shards).encode()).hexdigest()
     return Source(shards=tuple(shards), fingerprint=digest, description=f"{what} ({len(shards)} shards)")
@@ -91,12 +98,20 @@ def _list_shards(spec: str, prefix: str) -> list[Shard]:
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
         return _list_directory(path, prefix)
-    patterns = [path] if os.path.exists(path) else expand_braces(path)
-    return [shard for pattern in patterns for shard in _list_files(pattern, spec, prefix)]
+    # Names are relative to what every file has in common, so that they are the same on another machine.
+    literal = os.path.exists(path)
+    common = (path if literal else re.split(r"[*?\[{]", without_query(path))[0]).rpartition("/")[0]
+    patterns = [path] if literal else expand_braces(path)
+    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as threads:
+        try:
+            found = list(threads.map(lambda pattern: _find(pattern, spec), patterns))
+        finally:
+            threads.shutdown(cancel_futures=True)  # nobody waits for the others once one is missing
+    return [_named_shard(file, size, common, prefix) for files in found for file, size in files]
 
 
-def _list_files(pattern: str, spec: str, prefix: str) -> list[Shard]:
-    """Shards of a pattern or path without braces, local or an fsspec URL."""
+def _find(pattern: str, spec: str) -> list[tuple[Any, int]]:
+    """Files (fsspec) and sizes behind a path, URL or pattern without braces; nothing is listed without `*` or `[`."""
     import fsspec
 
     remote = "://" in pattern
@@ -104,24 +119,38 @@ def _list_files(pattern: str, spec: str, prefix: str) -> list[Shard]:
         if not remote and os.path.exists(pattern):  # a literal name may hold the magic characters of a pattern
             files = [_local_file(pattern)]
         else:
-            files = sorted(fsspec.open_files(pattern, "rb"), key=lambda file: file.path)
-        sizes = [int(file.fs.info(file.path).get("size") or -1) for file in files]
-    except FileNotFoundError:
-        files = []
-    except (ImportError, ValueError) as error:
-        raise UserError(f"data {spec} cannot be opened: {error}") from None
-    if not files:
-        hint = "" if pattern == spec else f" (from {spec})"
-        raise UserError(f"no data at {pattern}{hint}: check the path; patterns are DIR/*.tar or DIR/{{000..331}}.tar")
-    # Names are relative to the part of the pattern that is fixed, so that they are the same on another machine.
-    fixed = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0] if len(files) > 1 else ""
-    root = fixed if remote else os.path.abspath(fixed or ".")
-    shards: list[Shard] = []
-    for file, size in zip(files, sizes, strict=True):
-        location = f"{pattern.split('://')[0]}://{file.path}" if remote else file.path
-        name = location.removeprefix(root).lstrip("/") if fixed else os.path.basename(location)
-        shards.append(_file_shard(file, prefix + name, location, size))
-    return shards
+            expand = bool(re.search(r"[*\[]" if remote else r"[*?\[]", pattern))  # `?` begins the query of a URL
+            files = sorted(fsspec.open_files(pattern, "rb", expand=expand), key=lambda file: file.path)
+        found = [(file, _size(file)) for file in files]
+    except FileNotFoundError as error:
+        found, why = [], without_query(f" ({error.__cause__})") if error.__cause__ else ""
+    # Stores have errors of their own: a package is not installed, no credentials, no such bucket, no network.
+    except Exception as error:
+        message = without_query(f"data {spec} cannot be opened: {type(error).__name__}: {error}")
+        raise UserError(f"{message}; check the address and your access to it") from error
+    else:
+        why = ""
+    if not found:
+        origin = "" if pattern == spec else f" (from {without_query(spec)})"
+        raise UserError(
+            f"no data at {without_query(pattern)}{origin}{why}: check the path; patterns are DIR/*.tar or "
+            "DIR/{000..331}.tar"
+        )
+    return found
+
+
+def _size(file: Any) -> int:
+    """Bytes of an fsspec file; -1 if its server does not tell."""
+    ask = functools.partial(file.fs.info, file.path)
+    info = ask() if "file" in file.fs.protocol else patiently(ask, without_query(file.path))
+    return int(info.get("size") or -1)
+
+
+def _named_shard(file: Any, size: int, common: str, prefix: str) -> Shard:
+    local = "file" in file.fs.protocol
+    root = file.fs._strip_protocol(common) if common or not local else os.getcwd()
+    name = without_query(file.path).removeprefix(root).lstrip("/")
+    return _file_shard(file, prefix + name, file.path if local else without_query(file.full_name), size)
 
 
 def _local_file(path: str) -> Any:
@@ -163,6 +192,7 @@ def _list_directory(path: str, prefix: str) -> list[Shard]:
             file = os.path.join(folder, name)
             if kind and not name.startswith(".") and os.path.isfile(file):
                 found.setdefault(kind, {})[Path(file).relative_to(path).as_posix()] = os.path.getsize(file)
+    _leave_out_metadata(found, path)
     if not found:
         raise UserError(f"{path} holds no images, tars or Parquet files: name a folder that does")
     if len(found) > 1:
@@ -183,6 +213,19 @@ def _list_directory(path: str, prefix: str) -> list[Shard]:
         size = sum(sizes[file] for file in part)
         shards.append(FolderShard(name=name, location=path, size=size, files=part, prefix=prefix))
     return shards
+
+
+def _leave_out_metadata(found: dict[str, dict[str, int]], path: str) -> None:
+    """Drops the Parquet files that img2dataset writes beside `00000.tar`, or beside the images in `00000/`."""
+    data = {file.removesuffix(".tar") for file in found.get("tar", ())}
+    data |= {os.path.dirname(file) for file in found.get("image", ())}
+    metadata = [file for file in found.get("parquet", ()) if file.removesuffix(".parquet") in data]
+    for file in metadata:
+        del found["parquet"][file]
+    if metadata:
+        logger.info("%s: %d Parquet files beside the data hold their metadata and are not read", path, len(metadata))
+        if not found["parquet"]:
+            del found["parquet"]
 
 
 def _list_saved(path: str, prefix: str) -> list[Shard]:

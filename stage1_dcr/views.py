@@ -31,39 +31,39 @@ VIEW_PARAMS = (
 )
 NUM_VIEW_PARAMS = len(VIEW_PARAMS)
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+_NUM_UNIFORMS = 4 + 2 + 2 + 2 * _CROP_ATTEMPTS  # colour, flips, place and attempts at a crop
 
 
-def draw_view_params(config: ViewConfig, generator: torch.Generator, n: int | None = None) -> Tensor:
-    """Draws what makes one view, or n of them.
+def draw_uniforms(generator: torch.Generator, n: int | None = None) -> Tensor:
+    """The random numbers of one view, or of n: [U] or [n, U] in [0, 1), as many whatever the config."""
+    shape = (_NUM_UNIFORMS,) if n is None else (n, _NUM_UNIFORMS)
+    return torch.rand(shape, generator=generator)
 
-    The number of random numbers drawn does not depend on the config.
+
+def view_params(config: ViewConfig, uniforms: Tensor) -> Tensor:
+    """What makes views, for a whole batch at once.
 
     Args:
         config: the ranges.
-        generator: on the CPU; the parameters depend on nothing else.
-        n: how many vectors; None gives one without a batch dimension.
+        uniforms: [n, U] from `draw_uniforms`.
 
     Returns:
-        [P] or [n, P] float32, columns named by `VIEW_PARAMS`.
+        [n, P] float32, columns named by `VIEW_PARAMS`. A row depends on its own numbers alone.
     """
-    count = 1 if n is None else n
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=generator)
-
-    color = uniform(4)
-    flips = uniform(2)
-    place = uniform(2)
-    attempts = uniform(_CROP_ATTEMPTS, 2)
-
+    color, flips, place, attempts = uniforms.split([4, 2, 2, 2 * _CROP_ATTEMPTS], dim=1)
     jitter = torch.tensor([config.brightness, config.contrast, config.saturation])
     factors = 1 + (2 * color[:, :3] - 1) * jitter
     factors = factors.clamp_min(0)
     hue = (2 * color[:, 3:] - 1) * config.hue
-    size = _crop_size(config, attempts)
+    size = _crop_size(config, attempts.unflatten(1, (_CROP_ATTEMPTS, 2)))
     center = size / 2 + place * (1 - size)
     probability = torch.tensor([config.horizontal_flip, config.vertical_flip])
-    params = torch.cat([factors, hue, center, size, (flips < probability).float()], dim=1)
+    return torch.cat([factors, hue, center, size, (flips < probability).float()], dim=1)
+
+
+def draw_view_params(config: ViewConfig, generator: torch.Generator, n: int | None = None) -> Tensor:
+    """Draws what makes one view, [P], or n of them, [n, P], from a generator on the CPU and nothing else."""
+    params = view_params(config, draw_uniforms(generator, 1 if n is None else n))
     return params[0] if n is None else params
 
 

@@ -62,18 +62,23 @@ def keys_of(batches: list[dict]) -> list[str]:
     return [key for batch in batches for key in batch["keys"]]
 
 
-def epoch_keys(data, *, world_size: int, workers: int, epoch: int = 0, **changes) -> list[str]:
-    """The keys of one epoch over all consumers, read from the streams themselves, without worker processes."""
-    keys = []
-    for rank in range(world_size):
-        dataset = loader_of(data, rank=rank, world_size=world_size, num_workers=workers, **changes).dataset
-        for role in range(max(workers, 1)):
-            for sample, cursor in dataset._samples(role, Cursor()):
-                if cursor[0] > epoch:
-                    break
-                if cursor[0] == epoch:
-                    keys.append(sample["key"])
-    return keys
+def epoch_samples(data, *, world_size: int = 1, epoch: int = 0, rank: int | None = None, **changes) -> dict[str, dict]:
+    """The samples of one epoch by key, over all ranks or of one, one by one through the loader's own parts."""
+    samples: dict[str, dict] = {}
+    for number in range(world_size) if rank is None else [rank]:
+        loader = loader_of(data, rank=number, world_size=world_size, **changes)
+        entries = itertools.takewhile(lambda entry: entry.cursor[0] <= epoch, loader.order.entries(Cursor()))
+        chunks = (loader.dataset.__getitems__([entry]) for entry in entries)
+        for chunk in loader.accounted(chunks, Cursor()):
+            [key], [cursor] = chunk["keys"], chunk["cursors"]
+            if cursor[0] == epoch:
+                assert key not in samples
+                samples[key] = chunk
+    return samples
+
+
+def epoch_keys(data, **changes) -> list[str]:
+    return list(epoch_samples(data, **changes))
 
 
 def assert_same(left: list[dict], right: list[dict]) -> None:

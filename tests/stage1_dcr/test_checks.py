@@ -152,6 +152,14 @@ def test_data_that_is_not_there(config: Config, tmp_path: Path) -> None:
     refused(config, "names 2 of 3 files that do not exist: .*01.tar", data=f"{tmp_path}/{{00..02}}.tar")
 
 
+@pytest.mark.parametrize("url", ["nonsense://bucket/{0..3}.tar", "simplecache::nonsense://bucket/0.tar?secret"])
+def test_data_of_an_unknown_protocol(config: Config, url: str) -> None:
+    config.data = url
+    with pytest.raises(UserError, match="^data .*nonsense://bucket.* cannot be opened: .*nonsense") as error:
+        preflight(config)
+    assert "secret" not in str(error.value)
+
+
 def test_data_without_images(config: Config, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()

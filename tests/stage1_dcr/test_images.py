@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
+import json
+import multiprocessing
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dcr_mllm.errors import UserError
-from stage1_dcr.images import StreamPosition, collate, decode, draw_crop, make_loader
-from stage1_dcr.position import Cursor
+from stage1_dcr.images import StreamPosition, make_loader
 from stage1_dcr.view_config import ViewConfig
-from stage1_dcr.views import NUM_VIEW_PARAMS, draw_view_params
-from tests.stage1_dcr.image_data import LATENT, assert_same, encode, epoch_keys, keys_of, loader_of, take, write_tars
+from stage1_dcr.views import NUM_VIEW_PARAMS
+from tests.stage1_dcr.image_data import (
+    LATENT,
+    assert_same,
+    epoch_keys,
+    epoch_samples,
+    keys_of,
+    loader_of,
+    take,
+    write_tars,
+)
 
 SHARED = Path(os.environ.get("DCR_MLLM_SHARED", Path(__file__).parents[3] / "shared"))
 
@@ -39,37 +48,34 @@ def test_batch(tars):
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 3), (2, 2), (3, 4), (8, 2)])
-def test_every_sample_once_per_epoch(tars, world_size, workers, epoch):
-    """7 shards for 1 to 16 consumers: shards are dealt out, or all consumers read all of them."""
-    keys = epoch_keys(tars, world_size=world_size, workers=workers, epoch=epoch)
-    assert len(keys) == 46 and len(set(keys)) == 46
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 8, 12])
+def test_every_sample_once_per_epoch(tars, world_size, epoch):
+    """7 shards for 1 to 12 ranks: shards are dealt out, or all ranks read all of them."""
+    assert len(epoch_keys(tars, world_size=world_size, epoch=epoch)) == 46  # the helper refuses doubles
 
 
-def test_every_sample_once_through_real_workers(tars):
-    """Batches straddle epochs, so the first 46 of the samples are not an epoch; per consumer they are."""
-    expected = {rank: loader_of(tars, rank=rank, world_size=2, num_workers=2).dataset for rank in range(2)}
-    first_epoch: list[str] = []
-    for rank, stream in expected.items():
-        per_worker: dict[int, list[str]] = {0: [], 1: []}
-        for batch in take(loader_of(tars, rank=rank, world_size=2, num_workers=2), 20):
-            per_worker[batch["cursor"][0]] += batch["keys"]
-        for role, keys in per_worker.items():
-            length = 0
-            for _, cursor in stream._samples(role, Cursor()):
-                if cursor[0] > 0:
-                    break
-                length += 1
-            assert len(keys) >= length
-            first_epoch += keys[:length]
-    assert len(first_epoch) == len(set(first_epoch)) == 46
+@pytest.mark.parametrize("shards", [[46], [20, 1, 25]])
+@pytest.mark.parametrize("workers", [2, 5])
+def test_every_sample_once_through_real_workers(tmp_path, shards, workers):
+    """Fewer shards than workers, and than ranks x workers, and ranks that run out of their epoch at different times."""
+    tars, world_size = write_tars(tmp_path, shards), 2
+    seen: Counter[str] = Counter()
+    lengths = []
+    for rank in range(world_size):
+        mine = list(epoch_samples(tars, world_size=world_size, rank=rank))
+        lengths.append(len(mine))
+        found = keys_of(take(loader_of(tars, rank=rank, world_size=world_size, num_workers=workers), 20))
+        assert found[: len(mine)] == mine  # what follows is of the next epoch
+        seen.update(found[: len(mine)])
+    assert len(seen) == 46 and set(seen.values()) == {1}
+    assert len(shards) == 1 or lengths[0] != lengths[1]
 
 
 def test_order_differs_between_epochs_and_seeds_and_is_shuffled(tars):
-    first = epoch_keys(tars, world_size=1, workers=0)
-    assert first == epoch_keys(tars, world_size=1, workers=0)
-    assert first != epoch_keys(tars, world_size=1, workers=0, epoch=1)
-    assert first != epoch_keys(tars, world_size=1, workers=0, seed=2)
+    first = epoch_keys(tars)
+    assert first == epoch_keys(tars)
+    assert first != epoch_keys(tars, epoch=1)
+    assert first != epoch_keys(tars, seed=2)
     assert first[:9] != sorted(first[:9])
 
 
@@ -78,21 +84,64 @@ def test_ranks_are_disjoint(tars):
     assert not seen[0] & seen[1]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
-def test_restart_is_bit_exact(tars, workers):
-    """Killed after 5, 18 and 31 batches (of 46 / 3 per epoch): in a block, in another role's turn, in another epoch."""
-    whole = take(loader_of(tars, num_workers=workers), 42)
-    assert {batch["cursor"][0] for batch in whole} == set(range(max(workers, 1)))
+def test_batches_do_not_depend_on_the_workers(tars):
+    whole = take(loader_of(tars), 20)
+    for workers in (1, 2, 3):
+        assert_same(take(loader_of(tars, num_workers=workers), 20), whole)
+
+
+def test_restart_with_any_workers_is_bit_exact(tars):
+    """Stopped after 5, 18 and 31 batches (of 46 / 3 per epoch), and every part has another number of workers."""
+    whole = take(loader_of(tars), 42)
     position = StreamPosition()
     done: list[dict] = []
-    for stop in (5, 18, 31, 42):
+    for stop, workers in ((5, 2), (18, 0), (31, 3), (42, 1)):
         # The position goes through text, as it does in a checkpoint; workers have read ahead of it.
         position = StreamPosition.from_json(position.to_json())
         loader = loader_of(tars, num_workers=workers, position=position)
         done += take(loader, stop - len(done))
         position = loader.position
     assert_same(done, whole)
-    assert max(batch["cursor"][1] for batch in whole) >= 2
+    assert whole[-1]["cursor"][0] >= 2
+
+
+def consume(tars: str, folder: Path, workers: int) -> None:
+    """Goes on for ever, noting every batch, with the position in a file after every second one."""
+    saved = folder / "position.json"
+    position = StreamPosition.from_json(saved.read_text()) if saved.exists() else StreamPosition()
+    loader = loader_of(tars, num_workers=workers, position=position)
+    with open(folder / "log", "a") as log:
+        for batch in loader:
+            print(position.batches, digest(batch), file=log, flush=True)
+            position.update(batch)
+            if position.batches % 2 == 0:
+                (folder / "new").write_text(position.to_json())
+                (folder / "new").replace(saved)
+            time.sleep(0.01)
+
+
+def digest(batch: dict) -> str:
+    content = [batch[name].numpy().tobytes() for name in ("images", "view_params", "timestep_uniform", "noise")]
+    return hashlib.sha256(b"".join([*content, repr(batch["keys"]).encode()])).hexdigest()
+
+
+def test_killed_process_goes_on_exactly(tars, tmp_path):
+    """SIGKILL at any moment, then another number of workers: every batch, repeated ones too, is the uninterrupted."""
+    runs = [2, 3, 0, 1, 1]
+    for number, workers in enumerate(runs, start=1):
+        process = multiprocessing.get_context("fork").Process(target=consume, args=(tars, tmp_path, workers))
+        process.start()
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "log").exists() or len((tmp_path / "log").read_text().splitlines()) < 9 * number:
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
+        process.join()
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines() if len(line.split()) == 2]
+    reached = max(int(index) for index, _ in lines) + 1
+    whole = [digest(batch) for batch in take(loader_of(tars), reached)]
+    assert {int(index) for index, _ in lines} == set(range(reached)) and reached > 30
+    assert all(content == whole[int(index)] for index, content in lines)
 
 
 @pytest.mark.parametrize("buffer", [1, 7, 1000])
@@ -112,18 +161,18 @@ def test_restart_reads_the_current_block_only(tars, monkeypatch):
     loader = loader_of(tars, batch_size=2)
     take(loader, 18)  # 36 samples are 5 blocks of 7 and one sample
     read = []
-    original = type(loader.dataset.source.shards[0]).samples
+    original = type(loader.order.source.shards[0]).samples
 
     def counting(self, wanted):
         for entry in original(self, wanted):
             read.append(entry.key)
             yield entry
 
-    monkeypatch.setattr(type(loader.dataset.source.shards[0]), "samples", counting)
+    monkeypatch.setattr(type(loader.order.source.shards[0]), "samples", counting)
     again = loader_of(tars, batch_size=2, position=loader.position)
     read.clear()
     take(again, 1)
-    assert len(read) == 7
+    assert len(read) <= 2 * 7  # the block, and the one ahead of it
 
 
 def test_second_iteration_goes_on_after_what_was_consumed(tars):
@@ -140,22 +189,14 @@ def test_spawned_workers_give_the_same(tars):
 
 
 def test_samples_do_not_depend_on_the_split(tars):
-    """The same image in the same epoch has the same crop, view, timestep and noise on any rank and worker."""
-
-    def by_key(**changes):
-        stream, found = loader_of(tars, **changes).dataset, {}
-        for role in range(stream.num_workers):
-            for sample, cursor in stream._samples(role, Cursor()):
-                if cursor[0] > 0:
-                    break
-                found[sample["key"]] = [sample[name] for name in ("image", "view_params", "timestep_uniform", "noise")]
-        return found
-
-    one, other = by_key(), by_key(rank=1, world_size=2, num_workers=2, shuffle_buffer=5)
+    """The same image in the same epoch has the same crop, view, timestep and noise on any rank."""
+    one = epoch_samples(tars)
+    other = epoch_samples(tars, rank=1, world_size=2, shuffle_buffer=5)
     assert len(one) == 46 and len(other) > 10
-    for key, values in other.items():
-        assert all(torch.equal(left, right) for left, right in zip(one[key], values, strict=True))
-    noises = torch.stack([values[3] for values in one.values()])
+    for key, sample in other.items():
+        for name in ("images", "view_params", "timestep_uniform", "noise"):
+            assert torch.equal(one[key][name], sample[name])
+    noises = torch.cat([sample["noise"] for sample in one.values()])
     assert len(noises.flatten(1).unique(dim=0)) == len(noises)
 
 
@@ -178,7 +219,6 @@ def test_iterating_leaves_the_global_generator_alone(tars):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"num_workers": 1}, "num_workers was 2 and is 1"),
         ({"world_size": 4}, "world_size was 2 and is 4"),
         ({"rank": 0}, "rank was 1 and is 0"),
         ({"seed": 5}, "seed"),
@@ -193,6 +233,20 @@ def test_restart_with_another_split_is_refused(tars, change, name):
         loader_of(tars, position=StreamPosition.from_json(loader.position.to_json()), **{**setting, **change})
 
 
+def test_position_of_the_first_release(tars):
+    """It had a cursor for each worker; with one worker its order was this one."""
+    loader = loader_of(tars)
+    whole = take(loader, 6)
+    first = loader_of(tars)
+    take(first, 4)
+    identity = {**first.position.identity, "num_workers": 1}
+    old = {"identity": identity, "batches": 4, "cursors": {"0": first.position.cursor.to_list()}}
+    assert_same(take(loader_of(tars, position=StreamPosition.from_json(json.dumps(old))), 2), whole[4:])
+    old["identity"] = {**identity, "num_workers": 2}
+    with pytest.raises(UserError, match="release 0.1 with num_workers=2"):
+        StreamPosition.from_json(json.dumps(old))
+
+
 def test_restart_with_other_data_is_refused(tars, tmp_path):
     loader = loader_of(tars)
     take(loader, 1)
@@ -200,75 +254,14 @@ def test_restart_with_other_data_is_refused(tars, tmp_path):
         loader_of(write_tars(tmp_path / "other", [9, 5]), position=loader.position)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "LA", "RGBA", "CMYK", "I;16"])
-def test_modes(mode):
-    fmt = "TIFF" if mode == "CMYK" else "PNG"
-    if mode == "I;16":
-        file = io.BytesIO()
-        Image.fromarray(np.full((9, 12), 300, dtype=np.uint16)).save(file, "PNG")
-        data = file.getvalue()
-    else:
-        data = encode(60, mode, fmt)
-    image = decode(data)
-    assert image.shape == (3, 9, 12) and image.dtype == torch.uint8
-
-
-def test_photo_that_lies_on_its_side_is_turned_upright():
-    file = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (20, 10)).save(file, "JPEG", exif=exif)
-    assert decode(file.getvalue()).shape == (3, 20, 10)
-
-
-def test_cut_jpeg_is_an_error():
-    file = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(file, "JPEG")
-    with pytest.raises(OSError):
-        decode(file.getvalue()[: len(file.getvalue()) // 2])
-
-
-def test_crop_has_the_distribution_of_torchvision():
-    from torchvision.transforms import v2
-
-    height, width, scale, ratio = 60, 80, (0.4, 1.0), (3 / 4, 4 / 3)
-    generator = torch.Generator().manual_seed(0)
-    ours = torch.tensor([draw_crop(height, width, scale, ratio, generator) for _ in range(3000)]).double()
-    torch.manual_seed(0)
-    transform = v2.RandomResizedCrop(8, scale=scale, ratio=ratio)
-    draws = [transform.make_params([torch.zeros(3, height, width)]) for _ in range(3000)]
-    theirs = torch.tensor([[p[name] for name in ("top", "left", "height", "width")] for p in draws]).double()
-    torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=1.0, rtol=0)
-    torch.testing.assert_close(ours.std(0), theirs.std(0), atol=1.0, rtol=0)
-
-
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (7, 7)])
-def test_crop_of_extreme_shapes_is_inside(height, width):
-    for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        top, left, h, w = draw_crop(height, width, (0.9, 1.0), (3 / 4, 4 / 3), generator)
-        assert h >= 1 and w >= 1 and 0 <= top <= height - h and 0 <= left <= width - w
-
-
 def test_batch_of_one_is_refused(tars):
     with pytest.raises(ValueError, match="no negatives"):
         loader_of(tars, batch_size=1)
-    sample = {
-        "image": torch.zeros(3, 8, 8, dtype=torch.uint8),
-        "view_params": draw_view_params(ViewConfig(), torch.Generator()),
-        "timestep_uniform": torch.tensor(0.5),
-        "noise": torch.zeros(LATENT),
-        "key": "a",
-        "cursor": [0] * 8,
-    }
-    with pytest.raises(ValueError, match="no negatives"):
-        collate([sample])
-    assert collate([sample, sample])["keys"] == ["a", "a"]
 
 
 @pytest.mark.skipif(not (SHARED / "data/photos").is_dir(), reason="the folder of shared photographs is absent")
 def test_real_photographs_are_seen_exactly_once_by_two_ranks_with_two_workers():
-    """4 shards, 4 consumers, 1,980 photographs: each consumer has a shard, the last of 480 images."""
+    """4 shards for 2 ranks, 1,980 photographs, the last shard of 480."""
     seen: Counter[str] = Counter()
     for rank in range(2):
         loader = make_loader(
@@ -281,15 +274,11 @@ def test_real_photographs_are_seen_exactly_once_by_two_ranks_with_two_workers():
             world_size=2,
             num_workers=2,
         )
-        ended: set[int] = set()
-        for batch in loader:  # 500 and 480 are multiples of 20: no batch straddles two epochs
+        for batch in loader:  # 1000 and 980 are multiples of 20: no batch straddles two epochs
             loader.position.update(batch)
-            if batch["cursor"][1] == 0:
-                seen.update(batch["keys"])
-                assert batch["images"].float().std() > 1
-            else:
-                ended.add(batch["cursor"][0])
-            if len(ended) == 2:
+            if batch["cursor"][0] == 1:
                 break
+            seen.update(batch["keys"])
+            assert batch["images"].float().std() > 1
         assert loader.position.skipped == 0
     assert len(seen) == 1980 and set(seen.values()) == {1}

@@ -8,7 +8,16 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
 from stage1_dcr.view_config import ViewConfig
-from stage1_dcr.views import NUM_VIEW_PARAMS, VIEW_PARAMS, augment, draw_view_params, normalise, resize
+from stage1_dcr.views import (
+    NUM_VIEW_PARAMS,
+    VIEW_PARAMS,
+    augment,
+    draw_uniforms,
+    draw_view_params,
+    normalise,
+    resize,
+    view_params,
+)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -137,6 +146,13 @@ def test_params_are_deterministic_and_single_equals_batch_of_one():
     assert torch.equal(one, draw_view_params(ViewConfig(), generator(9)))
     assert torch.equal(one, draw_view_params(ViewConfig(), generator(9), 1)[0])
     assert not torch.equal(one, draw_view_params(ViewConfig(), generator(10)))
+
+
+def test_params_of_a_batch_are_bit_by_bit_those_of_its_samples():
+    config = ViewConfig(crop_scale=(0.3, 1.0), crop_ratio=(0.5, 2.0), horizontal_flip=0.5)
+    uniforms = torch.stack([draw_uniforms(generator(seed)) for seed in range(67)])
+    alone = torch.stack([draw_view_params(config, generator(seed)) for seed in range(67)])
+    assert torch.equal(view_params(config, uniforms), alone)
 
 
 def test_view_of_a_sample_does_not_depend_on_its_batch():
