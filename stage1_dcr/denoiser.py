@@ -151,6 +151,11 @@ class Denoiser:
         self._prompt = self._prompt.to(device)
         return self
 
+    def attend_as_on(self, device_type: str) -> None:
+        """Take the kernels of this kind of device wherever the tensors are; for plans, whose tensors are nowhere."""
+        if self._grid is not None:
+            self._grid.device_type = device_type
+
     def modules(self) -> dict[str, nn.Module]:
         """The frozen networks by name, to count and to check them."""
         return {"vae": self._vae, "unet": self._unet}
