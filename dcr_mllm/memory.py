@@ -153,8 +153,8 @@ def step_memory(
 ) -> dict[str, int]:
     """What a step adds at its peak to the memory that is held before it, in bytes by component.
 
-    Call it inside `fake_tensors`, on modules that `make_fake` has prepared. What the step leaves behind (constants computed at first
-    use) counts as held before.
+    Call it inside `fake_tensors`, on modules that `make_fake` has prepared. What the step leaves behind (constants
+    computed at first use) counts as held before.
 
     Args:
         step: Forward and backward pass.

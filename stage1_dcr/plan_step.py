@@ -7,19 +7,22 @@ and the step is real.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dcr_mllm.headers import read_json
 from dcr_mllm.launch import Launch
-from dcr_mllm.memory import default_dtype, fake_like, fake_tensors, held_by, make_fake, step_memory
+from dcr_mllm.memory import default_dtype, fake_like, fake_tensors, held_by, make_fake, num_bytes, step_memory
 from dcr_mllm.towers import VisionTower, vision_tower
+from dcr_mllm.zero import parameter_memory
 from stage1_dcr.config import Stage1Config
 from stage1_dcr.denoiser import Denoiser
-from stage1_dcr.objective import auto_rows_per_chunk
+from stage1_dcr.objective import Predict, auto_rows_per_chunk
 from stage1_dcr.projector import Projector
 from stage1_dcr.step import Phase, TrainingStep
 from stage1_dcr.train import Stage1, prepare
@@ -34,7 +37,7 @@ def conditions_per_row(config: Stage1Config) -> int:
 
 
 class EmptyStage(Stage1):
-    """Stage 1 with random models in the shapes that the configs on disk say; no weight file is opened but for headers."""
+    """Stage 1 with random models in the shapes that the configs on disk say; of weight files, only headers are read."""
 
     def load_denoiser(self) -> Denoiser:
         from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -109,6 +112,13 @@ class PlannedStep:
         autocast = launch.precision == "bf16" and not in_engine
         return cls(module=module.train(), denoiser=stage.denoiser, batch=batch, autocast=autocast, rows=rows)
 
+    def to(self, device: torch.device) -> None:
+        """Move models and inputs."""
+        for module in (self.module, *self.module.frozen()):
+            module.to(device)
+        self.denoiser.to(device)
+        self.batch = {name: tensor.to(device) for name, tensor in self.batch.items()}
+
     def run(self) -> None:
         """Forward and backward pass of a micro-step."""
         with torch.autocast(self.batch["images"].device.type, dtype=torch.bfloat16, enabled=self.autocast):
@@ -117,11 +127,33 @@ class PlannedStep:
 
     def components(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules whose activations are told apart."""
-        for module in (*self.module.children(), *self.module.frozen()):
+        for module in self.module.children():
             yield ("projector" if isinstance(module, Projector) else "tower"), module
+        yield from self.frozen_parts()
+
+    @property
+    def num_chunks(self) -> int:
+        """Calls of the denoiser in a step."""
+        return math.ceil(len(self.batch["noise"]) / self.rows) if self.module._objective == "dcr" else 1
+
+    def resident(self, launch: Launch) -> dict[str, int]:
+        """Bytes on each device between steps, by component."""
+        parts = {f"{name} weights": num_bytes(held_by(part)) for name, part in self.frozen_parts()}
+        return {**parts, **parameter_memory(self.module, launch), "batch": num_bytes(self.batch.values())}
+
+    def frozen_parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """What lies on the device outside of the trained module."""
+        for module, name in zip(self.module.frozen(), ("", "reference "), strict=False):
+            yield f"{name}{'projector' if isinstance(module, Projector) else 'tower'}", module
         networks = self.denoiser.modules()
         yield "autoencoder", networks["vae"].encoder
         yield "denoiser", networks["unet"]
+
+    def make_fake(self) -> None:
+        """From the meta device to fake tensors."""
+        for module in (self.module, *self.module.frozen(), *self.denoiser.modules().values()):
+            make_fake(module)
+        self.batch = {name: fake_like(tensor) for name, tensor in self.batch.items()}
 
     def held(self) -> Iterator[Tensor]:
         """Everything that is in memory before the step."""
@@ -131,14 +163,59 @@ class PlannedStep:
         yield from self.batch.values()
 
 
-def planned_memory(config: Stage1Config, launch: Launch, phase: Phase) -> dict[str, int]:
-    """What a micro-step of this phase adds at its peak to the memory that is held before it, in bytes by component."""
+def planned_memory(
+    config: Stage1Config, launch: Launch, phase: Phase, *, shared_prompt: bool = True
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes on each device by component: between the steps of a phase, and what a micro-step adds at its peak.
+
+    Args:
+        config: Of the stage.
+        launch: How it runs.
+        phase: `projector` or `tower`.
+        shared_prompt: False counts the plain UNet call, for comparisons.
+    """
     with torch.device("meta"):
         step = PlannedStep.build(config, launch, phase)
+        resident = step.resident(launch)
     with fake_tensors():
-        for module in (step.module, *step.module.frozen(), *step.denoiser.modules().values()):
-            make_fake(module)
-        step.batch = {name: fake_like(tensor) for name, tensor in step.batch.items()}
-        return step_memory(step.run, step.components(), step.held(), rest=REST)
+        step.make_fake()
+        # All chunks need the same, but the first one finds no gradients of earlier ones.
+        last = min(2, step.num_chunks)
+        predict = functools.partial(step.denoiser.predict, shared_prompt=shared_prompt)
+        step.denoiser.predict = _only_at_call(last, predict)  # type: ignore[method-assign]
+        return resident, step_memory(step.run, step.components(), step.held(), rest=REST)
 
 
+def _only_at_call(number: int, predict: Predict) -> Predict:
+    """`predict` at one of its calls; at the others a stand-in that costs nothing and depends on the conditions too."""
+    calls = itertools.count(1)
+
+    def chosen(noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        if next(calls) == number:
+            return predict(noisy_latents, timesteps, conditions)
+        return conditions.mean(dim=-1)[..., None, None, None].expand(-1, -1, *noisy_latents.shape[1:])
+
+    return chosen
+
+
+def unet_flops(config: Stage1Config, launch: Launch) -> int:
+    """Floating-point operations of the UNet in one micro-step, forward and backward (by activations: it is frozen)."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    with torch.device("meta"):
+        stage = EmptyStage(config, launch)
+    stage.denoiser.attend_as_on(launch.device)
+    aten = torch.ops.aten
+    attention = {  # the CPU's names of what the counter knows by CUDA's
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    with fake_tensors():
+        make_fake(stage.denoiser.modules()["unet"])
+        conditions = torch.randn(1, conditions_per_row(config), stage.denoiser.cross_attention_dim, requires_grad=True)
+        latents, timesteps = torch.randn(1, *stage.latent_shape), torch.zeros(1, dtype=torch.long)
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+            stage.denoiser.predict(latents, timesteps, conditions).sum().backward()
+    return counter.get_total_flops() * config.batch_size

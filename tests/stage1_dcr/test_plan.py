@@ -1,0 +1,145 @@
+"""The plan of stage 1: the memory of its step against the step itself, and what the command prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dcr_mllm import plan
+from dcr_mllm.launch import DEEPSPEED_DIR, Launch
+from dcr_mllm.memory import step_memory
+from stage1_dcr import plan_step
+from stage1_dcr.config import Stage1Config
+from stage1_dcr.plan_step import REST, PlannedStep, conditions_per_row, planned_memory, unet_flops
+
+CPU = Launch(device="cpu", num_processes=1, precision="fp32", deepspeed=None)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_clip: Path, tiny_denoiser: Path) -> Stage1Config:
+    return Stage1Config(
+        tower=str(tiny_clip),
+        denoiser=str(tiny_denoiser),
+        data="mini",
+        batch_size=4,
+        rows_per_chunk=1,
+        projector_width=16,
+        lora_rank=2,
+    )
+
+
+def test_the_estimate_is_that_of_the_step_with_real_tensors(config: Stage1Config):
+    """All rows, on tensors that exist: neither the fake ones nor the rows that are left out change the count."""
+    torch.manual_seed(0)
+    step = PlannedStep.build(config, CPU, "tower")
+    expected = step_memory(step.run, step.components(), step.held(), rest=REST)
+    _, found = planned_memory(config, CPU, "tower")
+    assert sum(found.values()) == pytest.approx(sum(expected.values()), rel=0.01)
+    assert found["denoiser"] == expected["denoiser"]
+    assert found["tower"] == expected["tower"]
+
+
+def test_memory_grows_with_rows_and_halves_in_bf16(config: Stage1Config):
+    from dataclasses import replace
+
+    one, four = (planned_memory(replace(config, rows_per_chunk=n), CPU, "projector")[1]["denoiser"] for n in (1, 4))
+    assert 3.5 * one < four < 4.5 * one
+    engine = Launch(device="cuda", num_processes=8, precision="bf16", deepspeed=DEEPSPEED_DIR / "zero2.json")
+    resident, half = planned_memory(config, engine, "projector")
+    assert 0.35 * one < half["denoiser"] < 0.6 * one, "SDPA keeps no attention weights, and numbers take half"
+    full, _ = planned_memory(config, CPU, "projector")
+    assert full["denoiser weights"] == 2 * resident["denoiser weights"]
+
+
+def test_the_plain_grid_takes_more_than_the_shared_prompt(config: Stage1Config):
+    shared, plain = (planned_memory(config, CPU, "tower", shared_prompt=s)[1]["denoiser"] for s in (True, False))
+    assert plain > 1.2 * shared
+
+
+def test_flops_are_those_of_the_layers(config: Stage1Config):
+    """Counted once more by hooks on every layer of the real UNet: twice a forward pass, less what no gradient needs."""
+    forward = 0
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal forward
+        per_output = module.weight[0].numel()
+        forward += 2 * per_output * output.numel()
+
+    stage = plan_step.EmptyStage(config, CPU)
+    unet = stage.denoiser.modules()["unet"]
+    for module in unet.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.register_forward_hook(count)
+    conditions = torch.randn(1, conditions_per_row(config), stage.denoiser.cross_attention_dim)
+    with torch.no_grad():
+        stage.denoiser.predict(torch.randn(1, *stage.latent_shape), torch.zeros(1, dtype=torch.long), conditions)
+    found = unet_flops(config, CPU) / config.batch_size
+    assert 1.8 * forward < found < 2.6 * forward, found / forward
+
+
+def test_the_command_prints_every_part_and_what_fits(config: Stage1Config, tmp_path: Path, capsys):
+    arguments = [
+        "mini",
+        "--stage=1",
+        f"tower={config.tower}",
+        f"denoiser={config.denoiser}",
+        f"runs_dir={tmp_path}",
+        "batch_size=4",
+        "rows_per_chunk=2",
+        "projector_steps=100",
+        "tower_steps=7",
+        "accumulation=3",
+        "--gpus=2",
+        "--throughput=50",
+    ]
+    assert plan.main([*arguments, "--gpu-memory=1"]) == 0
+    text = capsys.readouterr().out
+    assert "tower phase: 7 steps of 24 = 168 images" in text
+    assert "time at 50 images per second (given): projector 48 s, tower 3 s" in text
+    assert "largest rows_per_chunk that fits: 4 of 4" in text
+    assert "20 samples" in text and "batch_size=8 rows_per_chunk=2" in text
+    for part in ("denoiser weights", "optimizer state", "step: tower", "disk:", "fits: "):
+        assert part in text
+
+    assert plan.main([*arguments, "--gpu-memory=0.1"]) == 1
+    text = capsys.readouterr().out
+    assert "PROBLEM: does not fit" in text and "PROBLEM: no rows_per_chunk fits" in text
+    assert "2 problems" in text
+
+
+def test_the_mini_estimate_is_within_limits_of_the_measured_one(tmp_path: Path):
+    from scripts.benchmark_plan import LIMIT, run_child
+
+    assert run_child(1, tmp_path)["ratio"] == pytest.approx(1, abs=LIMIT)
+
+
+@pytest.mark.slow
+def test_the_mid_size_estimates_are_within_limits_of_the_measured_ones(tmp_path: Path):
+    from scripts.benchmark_plan import LIMIT, SETTINGS, run_child
+
+    for index, (group, _, _) in enumerate(SETTINGS):
+        if group == "mid":
+            assert run_child(index, tmp_path)["ratio"] == pytest.approx(1, abs=LIMIT), SETTINGS[index]
+
+
+@pytest.mark.slow
+def test_published_models_are_planned_without_their_weights(tmp_path: Path):
+    """CLIP L/14 and Stable Diffusion 2.1-base from files without contents, in a process that never holds 2 GB."""
+    import subprocess
+    import sys
+
+    from tests.published_models import save_hollow_clip, save_hollow_denoiser
+
+    models = [f"tower={save_hollow_clip(tmp_path / 'clip')}", f"denoiser={save_hollow_denoiser(tmp_path / 'sd')}"]
+    program = (
+        "import resource, sys; from dcr_mllm.plan import main; status = main(sys.argv[1:]);"
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10); sys.exit(status)"
+    )
+    arguments = ["openai-l14-224", *models, "data=mini", f"runs_dir={tmp_path}", "--gpus=8", "--gpu-memory=80"]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "never      UNet                 865,910,724" in done.stdout
+    assert int(done.stdout.split()[-1]) < 2e9
