@@ -13,11 +13,13 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -71,6 +73,27 @@ def make_fake(module: nn.Module) -> None:
             part._parameters[name] = made[id(parameter)]
         for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else fake_like(buffer)
+
+
+def kernels_of(device_type: str) -> AbstractContextManager[Any]:
+    """Inside, operations keep for their backward pass what they keep on this kind of device.
+
+    Dropout is the one that differs: a mask of one byte on CUDA, of the input's type on the CPU.
+    """
+    return _CudaDropout() if device_type == "cuda" else nullcontext()
+
+
+class _CudaDropout(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.dropout:
+            return _cuda_dropout(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _cuda_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or not 0 < p < 1:
+        return F.dropout(input, p, training, inplace)
+    return torch.native_dropout(input, p, training)[0]
 
 
 class MemoryTracker(TorchDispatchMode):

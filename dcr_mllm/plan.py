@@ -184,14 +184,17 @@ def disk_block(folder: Path, parts: Mapping[str, int]) -> str:
 
 
 def memory_block(title: str, columns: Mapping[str, Mapping[str, int]]) -> str:
-    """Bytes per device by component, a column each for the phases of a run."""
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    shown = [name for name in names if any(column.get(name, 0) for column in columns.values())]
-    width = max(map(len, (*shown, "peak")))
-    lines = [f"{title:<{width + 2}}" + "".join(f"{phase:>12}" for phase in columns)]
-    for name in shown:
-        lines.append(f"  {name:<{width}}" + "".join(f"{gib(column.get(name, 0)):>12}" for column in columns.values()))
-    lines.append(f"  {'peak':<{width}}" + "".join(f"{gib(sum(column.values())):>12}" for column in columns.values()))
+    """Bytes per device by component, a column each for the phases of a run; in MiB where all of them are small."""
+    peaks = [sum(column.values()) for column in columns.values()]
+    unit, divisor = ("GiB", GIB) if max(peaks) >= GIB else ("MiB", 2**20)
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    shown = [name for name in names if any(column.get(name, 0) >= divisor / 200 for column in columns.values())]
+    table = {name: [column.get(name, 0) for column in columns.values()] for name in shown}
+    table["peak, with what is too small to show"] = peaks
+    width = max(map(len, table))
+    lines = [f"{f'{unit} {title}':<{width + 2}}" + "".join(f"{phase:>12}" for phase in columns)]
+    for name, sizes in table.items():
+        lines.append(f"  {name:<{width}}" + "".join(f"{size / divisor:>12.2f}" for size in sizes))
     return "\n".join(lines)
 
 
@@ -253,9 +256,8 @@ def duration(seconds: float) -> str:
 
 
 def gib(size: int) -> str:
-    """Bytes in GiB for a table: three digits, and more than zero if it is."""
-    value = size / GIB
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 or not size else f"{value:.1g}"
+    """Bytes in GiB, with three digits."""
+    return f"{size / GIB:.3g}"
 
 
 if __name__ == "__main__":

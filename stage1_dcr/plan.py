@@ -59,7 +59,7 @@ def plan(config: Stage1Config, target: Target) -> Iterator[str]:
 
     memory = Memory(config, launch)
     columns = {phase: memory.components(phase) for phase in steps}
-    yield memory_block("GiB per device", columns)
+    yield memory_block("per device", columns)
     largest_phase = max(columns, key=lambda phase: sum(columns[phase].values()))
     memory.phase = largest_phase
     verdict = fits_block(
@@ -129,12 +129,12 @@ def other_settings(memory: Memory) -> str:
     config = memory.config
     batch, rows = config.batch_size, memory.rows(config)
     settings = [
-        {"batch_size": max(2, batch // 2)},
-        {"batch_size": batch * 2},
         {"rows_per_chunk": max(1, rows // 2)},
         {"rows_per_chunk": min(batch, rows * 2)},
+        {"batch_size": max(2, batch // 2)},
+        {"batch_size": batch * 2},
     ]
-    lines = [f"{memory.phase} phase, other settings        GiB per device"]
+    lines = [f"{f'{memory.phase} phase, other settings':<40}{'GiB':>8}"]
     shown = set()
     for changed in ({}, *settings):
         found = dataclasses.replace(config, **changed)

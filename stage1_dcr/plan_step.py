@@ -9,21 +9,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dcr_mllm.headers import read_json
 from dcr_mllm.launch import Launch
-from dcr_mllm.memory import default_dtype, fake_like, fake_tensors, held_by, make_fake, num_bytes, step_memory
+from dcr_mllm.memory import (
+    default_dtype,
+    fake_like,
+    fake_tensors,
+    held_by,
+    kernels_of,
+    make_fake,
+    num_bytes,
+    step_memory,
+)
 from dcr_mllm.towers import VisionTower, vision_tower
 from dcr_mllm.zero import parameter_memory
 from stage1_dcr.config import Stage1Config
 from stage1_dcr.denoiser import Denoiser
 from stage1_dcr.objective import Predict, auto_rows_per_chunk
-from stage1_dcr.projector import Projector
+from stage1_dcr.projector import CONFIG_NAME, Projector
 from stage1_dcr.step import Phase, TrainingStep
 from stage1_dcr.train import Stage1, prepare
 from stage1_dcr.views import NUM_VIEW_PARAMS
@@ -64,7 +73,10 @@ class EmptyStage(Stage1):
         return vision_tower(AutoModel.from_config(config, dtype=torch.float32))
 
     def new_projector(self) -> Projector:
-        return Projector(self.tower.width, self.denoiser.cross_attention_dim, hidden_width=self.config.projector_width)
+        hidden_width = self.config.projector_width
+        if self.config.projector is not None:
+            hidden_width = read_json(Path(self.config.projector) / CONFIG_NAME)["hidden_width"]
+        return Projector(self.tower.width, self.denoiser.cross_attention_dim, hidden_width=hidden_width)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -76,6 +88,7 @@ class PlannedStep:
         denoiser: Its frozen denoiser.
         batch: Inputs of a micro-step.
         autocast: Whether the Trainer would run it under bf16 autocast (DeepSpeed casts the weights instead).
+        objective: Of the phase.
         rows: Rows of the grid in memory at a time.
     """
 
@@ -83,6 +96,7 @@ class PlannedStep:
     denoiser: Denoiser
     batch: dict[str, Tensor]
     autocast: bool
+    objective: str
     rows: int
 
     @classmethod
@@ -109,8 +123,14 @@ class PlannedStep:
             "timestep_uniform": torch.rand(config.batch_size),
             "noise": torch.randn(config.batch_size, *stage.latent_shape),
         }
-        autocast = launch.precision == "bf16" and not in_engine
-        return cls(module=module.train(), denoiser=stage.denoiser, batch=batch, autocast=autocast, rows=rows)
+        return cls(
+            module=module.train(),
+            denoiser=stage.denoiser,
+            batch=batch,
+            autocast=launch.precision == "bf16" and not in_engine,
+            objective=config.projector_objective if phase == "projector" else config.tower_objective,
+            rows=min(rows, config.batch_size),
+        )
 
     def to(self, device: torch.device) -> None:
         """Move models and inputs."""
@@ -132,9 +152,9 @@ class PlannedStep:
         yield from self.frozen_parts()
 
     @property
-    def num_chunks(self) -> int:
-        """Calls of the denoiser in a step."""
-        return math.ceil(len(self.batch["noise"]) / self.rows) if self.module._objective == "dcr" else 1
+    def num_full_chunks(self) -> int:
+        """Calls of the denoiser with as many rows as are in memory at a time."""
+        return len(self.batch["noise"]) // self.rows if self.objective == "dcr" else 1
 
     def resident(self, launch: Launch) -> dict[str, int]:
         """Bytes on each device between steps, by component."""
@@ -177,12 +197,12 @@ def planned_memory(
     with torch.device("meta"):
         step = PlannedStep.build(config, launch, phase)
         resident = step.resident(launch)
-    with fake_tensors():
+    with fake_tensors(), kernels_of(launch.device):
         step.make_fake()
-        # All chunks need the same, but the first one finds no gradients of earlier ones.
-        last = min(2, step.num_chunks)
+        # All full chunks need the same, but the first one finds no gradients of earlier ones.
+        chunk = 2 if step.num_full_chunks > 1 else 1
         predict = functools.partial(step.denoiser.predict, shared_prompt=shared_prompt)
-        step.denoiser.predict = _only_at_call(last, predict)  # type: ignore[method-assign]
+        step.denoiser.predict = _only_at_call(chunk, predict)  # type: ignore[method-assign]
         return resident, step_memory(step.run, step.components(), step.held(), rest=REST)
 
 

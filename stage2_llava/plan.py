@@ -58,7 +58,7 @@ def plan(config: Stage2Config, target: Target) -> Iterator[str]:
     )
     memory = Memory(config, launch)
     columns = {name: memory.components(name) for name, _ in config.phases()}
-    yield memory_block("GiB per device", columns)
+    yield memory_block("per device", columns)
     yield "\n".join(
         f"{name} with every sample {memory.length(phase):,} tokens long, all text learned"
         for name, phase in config.phases()
@@ -140,7 +140,7 @@ def image_tokens(config: Stage2Config) -> int:
 def other_settings(memory: Memory, phase: PhaseConfig) -> str:
     """Peaks of the next smaller and larger micro-batch."""
     size = phase.micro_batch_size
-    lines = [f"{memory.phase}, other settings        GiB per device"]
+    lines = [f"{f'{memory.phase}, other settings':<33}{'GiB':>8}"]
     for other in sorted({max(1, size // 2), size, size * 2}):
         configured = "  as configured" if other == size else ""
         lines.append(f"  micro_batch_size={other:<14}{gib(memory.peak(micro_batch_size=other)):>8}{configured}")

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from dcr_mllm.launch import Launch
-from dcr_mllm.memory import default_dtype, fake_like, fake_tensors, held_by, make_fake, num_bytes, step_memory
+from dcr_mllm.memory import (
+    default_dtype,
+    fake_like,
+    fake_tensors,
+    held_by,
+    kernels_of,
+    make_fake,
+    num_bytes,
+    step_memory,
+)
 from dcr_mllm.zero import parameter_memory
 from stage2_llava.config import PhaseConfig, Stage2Config
 from stage2_llava.step import LlavaStep
@@ -90,13 +99,15 @@ def inputs(step: LlavaStep, phase: PhaseConfig, length: int) -> dict[str, Tensor
     config = step.llava.config
     size, images, count = config.vision_config.image_size, step.image_tokens, phase.micro_batch_size
     text = length - images
+    # Any two tokens will do: the one for images is added to the vocabulary only when a LLaVA is assembled.
+    config.image_token_id = 1
     ids = torch.zeros(count, length, dtype=torch.long)
     ids[:, :images] = config.image_token_id
     batch = {
         "input_ids": ids,
         "attention_mask": torch.ones(count, length, dtype=torch.long),
         "target_positions": (torch.arange(count)[:, None] * length + images - 1 + torch.arange(text)).flatten(),
-        "labels": torch.ones(count * text, dtype=torch.long),
+        "labels": torch.zeros(count * text, dtype=torch.long),
     }
     if phase.cache_features:
         width = config.vision_config.hidden_size
@@ -113,7 +124,7 @@ def planned_memory(
     with torch.device("meta"):
         step = PlannedStep.build(config, launch, name, phase, length)
         resident = {**parameter_memory(step.module, launch), "batch": num_bytes(step.batch.values())}
-    with fake_tensors(), _no_data_checks():
+    with fake_tensors(), kernels_of(launch.device), _no_data_checks():
         make_fake(step.module)
         step.batch = {key: fake_like(tensor) for key, tensor in step.batch.items()}
         before = [*held_by(step.module), *step.batch.values()]

@@ -250,11 +250,12 @@ def empty_llava(config: Stage2Config) -> nn.Module:
     from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
     if config.llava is not None:
-        return LlavaForConditionalGeneration(AutoConfig.from_pretrained(resolve_weights(config.llava, "llava")))
+        given: Any = AutoConfig.from_pretrained(resolve_weights(config.llava, "llava"))
+        return _named(LlavaForConditionalGeneration(given), config.llava)
     path = resolve_weights(next(iter(config.towers.values())), "tower")
     tower: Any = AutoConfig.from_pretrained(path)
     text = AutoConfig.from_pretrained(resolve_weights(config.llm or "", "llm"))
-    return LlavaForConditionalGeneration(
+    model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=getattr(tower, "vision_config", tower),
             text_config=text,
@@ -263,3 +264,10 @@ def empty_llava(config: Stage2Config) -> nn.Module:
             tie_word_embeddings=text.tie_word_embeddings,
         )
     )
+    return _named(model, str(config.llm))
+
+
+def _named(model: Any, name: str) -> nn.Module:
+    """PEFT compares its record with this name, and warns where they differ."""
+    model.name_or_path = name
+    return model
