@@ -15,11 +15,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -80,19 +80,16 @@ def kernels_of(device_type: str) -> AbstractContextManager[Any]:
 
     Dropout is the one that differs: a mask of one byte on CUDA, of the input's type on the CPU.
     """
-    return _CudaDropout() if device_type == "cuda" else nullcontext()
+    # A TorchFunctionMode would be neater, but is off while a checkpointed layer is run again.
+    return mock.patch.object(F, "dropout", _cuda_dropout) if device_type == "cuda" else nullcontext()
 
 
-class _CudaDropout(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.dropout:
-            return _cuda_dropout(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+_dropout = F.dropout
 
 
 def _cuda_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     if not training or not 0 < p < 1:
-        return F.dropout(input, p, training, inplace)
+        return _dropout(input, p, training, inplace)
     return torch.native_dropout(input, p, training)[0]
 
 

@@ -29,6 +29,10 @@ USABLE = 0.9
 fragmentation, which are not counted."""
 
 
+STEP = "step: "
+"""Before the components that a step adds to what is there between steps."""
+
+
 class Problem(str):
     """A block of the plan that says that something is missing or does not fit."""
 
@@ -98,7 +102,7 @@ def _main(argv: list[str]) -> int:
     if options.gpus == 0 and options.gpu_memory is not None:
         raise UserError("--gpu-memory is given with --gpus 0: leave it out, or say how many GPUs there are")
     stage, path = find_stage(options.config, options.overrides, options.stage)
-    config = load_config(stage.CONFIG, path, options.overrides)
+    config: Any = load_config(stage.CONFIG, path, options.overrides)
     target = Target(
         gpus=options.gpus,
         gpu_memory=None if options.gpu_memory is None else int(options.gpu_memory * GIB),
@@ -187,7 +191,8 @@ def memory_block(title: str, columns: Mapping[str, Mapping[str, int]]) -> str:
     """Bytes per device by component, a column each for the phases of a run; in MiB where all of them are small."""
     peaks = [sum(column.values()) for column in columns.values()]
     unit, divisor = ("GiB", GIB) if max(peaks) >= GIB else ("MiB", 2**20)
-    names = dict.fromkeys(name for column in columns.values() for name in column)
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    names.sort(key=lambda name: name.startswith(STEP))
     shown = [name for name in names if any(column.get(name, 0) >= divisor / 200 for column in columns.values())]
     table = {name: [column.get(name, 0) for column in columns.values()] for name in shown}
     table["peak, with what is too small to show"] = peaks

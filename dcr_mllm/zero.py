@@ -78,7 +78,7 @@ def checkpoint_bytes(module: nn.Module, launch: Launch) -> int:
 
 
 def _on_host(setting: dict | None) -> bool:
-    return bool(setting) and setting.get("device", "none") != "none"
+    return setting is not None and setting.get("device", "none") != "none"
 
 
 def _block_bytes(module: nn.Module) -> Iterable[int]:

@@ -187,26 +187,46 @@ def stage2_case(index: int) -> tuple[int, Any]:
 
 
 def published(folder: Path) -> None:
-    """Predictions per GPU for the tower phase of CLIP L/14 at 224 px, batch 16, bf16, on eight GPUs."""
+    """Predictions per GPU for the tower phase of CLIP L/14 at 224 px, and for LLaVA-1.5-7B; bf16, on eight GPUs."""
     from dcr_mllm.launch import launch_on
     from stage1_dcr.config import Stage1Config
     from stage1_dcr.plan_step import planned_memory
-    from tests.published_models import save_hollow_clip, save_hollow_denoiser
+    from stage2_llava import plan_step
+    from stage2_llava.config import InstructConfig, Stage2Config
+    from tests.published_models import CLIP_L14, save_hollow_clip, save_hollow_denoiser, save_hollow_llama
+
+    print("\n| stage | setting | between steps (GB) | step (GB) | peak (GB) |\n|---|---|---:|---:|---:|")
+
+    def show(stage: int, setting: str, memory: tuple[dict[str, int], dict[str, int]]) -> None:
+        held, own = (sum(part.values()) / GB for part in memory)
+        print(f"| {stage} | {setting} | {held:.1f} | {own:.1f} | {held + own:.1f} |", flush=True)
 
     models = {
         "tower": str(save_hollow_clip(folder / "clip-l14")),
         "denoiser": str(save_hollow_denoiser(folder / "sd21")),
         "data": "mini",
     }
-    print("\n| grid | deepspeed | weights and states (GB) | step (GB) | peak (GB) |\n|---|---|---:|---:|---:|")
-    for deepspeed in ("none", "zero2"):
-        for rows, shared in ((16, False), (16, True), (4, True), (1, True)):
-            launch = launch_on("cuda", 8, "bf16", deepspeed)
-            config = Stage1Config(**models, rows_per_chunk=rows)
-            resident, step = planned_memory(config, launch, "tower", shared_prompt=shared)
-            name = f"rows_per_chunk {rows}, {'shared' if shared else 'plain'} prompt"
-            held, own = sum(resident.values()) / GB, sum(step.values()) / GB
-            print(f"| {name} | {deepspeed} | {held:.1f} | {own:.1f} | {held + own:.1f} |", flush=True)
+    for deepspeed, rows, shared in (
+        ("none", 16, False),
+        ("zero2", 16, False),
+        ("zero2", 16, True),
+        ("zero2", 4, True),
+        ("zero2", 1, True),
+    ):
+        config = Stage1Config(**models, rows_per_chunk=rows)
+        memory = planned_memory(config, launch_on("cuda", 8, "bf16", deepspeed), "tower", shared_prompt=shared)
+        show(1, f"{deepspeed}, rows_per_chunk {rows}, {'shared' if shared else 'plain'} prompt", memory)
+
+    large = {**CLIP_L14, "vision_config": {**CLIP_L14["vision_config"], "image_size": 336}}
+    instruct = InstructConfig(data="mini")
+    llava = Stage2Config(
+        towers={"baseline": str(save_hollow_clip(folder / "clip-l14-336", large))},
+        llm=str(save_hollow_llama(folder / "vicuna-7b")),
+    )
+    for deepspeed in ("zero2", "zero3"):
+        launch = launch_on("cuda", 8, "bf16", deepspeed)
+        memory = plan_step.planned_memory(llava, launch, "instruct", instruct, llava.max_length)
+        show(2, f"{deepspeed}, LoRA, micro_batch_size {instruct.micro_batch_size}, {llava.max_length} tokens", memory)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcr_mllm.plan import (
     GIB,
+    STEP,
     Problem,
     Target,
     disk_block,
@@ -50,7 +51,7 @@ def plan(config: Stage1Config, target: Target) -> Iterator[str]:
     steps: dict[Phase, int] = {"projector": config.projector_steps, "tower": config.tower_steps}
     steps = {phase: count for phase, count in steps.items() if count}
     batch = config.batch_size * config.accumulation * launch.num_processes
-    images = {phase: count * batch for phase, count in steps.items()}
+    images: dict[str, int] = {phase: count * batch for phase, count in steps.items()}
     yield "\n".join(
         f"{phase} phase: {count:,} steps of {batch} = {images[phase]:,} images" for phase, count in steps.items()
     )
@@ -58,13 +59,10 @@ def plan(config: Stage1Config, target: Target) -> Iterator[str]:
         return
 
     memory = Memory(config, launch)
-    columns = {phase: memory.components(phase) for phase in steps}
+    columns: dict[str, dict[str, int]] = {phase: memory.components(phase) for phase in steps}
     yield memory_block("per device", columns)
-    largest_phase = max(columns, key=lambda phase: sum(columns[phase].values()))
-    memory.phase = largest_phase
-    verdict = fits_block(
-        sum(columns[largest_phase].values()), target, "see the settings below, or set a smaller batch_size"
-    )
+    memory.phase = max(steps, key=lambda phase: sum(columns[phase].values()))
+    verdict = fits_block(memory.peak(), target, "see the settings below, or set a smaller batch_size")
     if verdict is not None:
         yield verdict
     yield other_settings(memory)
@@ -105,7 +103,7 @@ class Memory:
         key = (phase, config.batch_size, self.rows(config))
         if key not in self._known:
             resident, step = planned_memory(config, self.launch, phase)
-            self._known[key] = {**resident, **{f"step: {name}": size for name, size in step.items()}}
+            self._known[key] = {**resident, **{f"{STEP}{name}": size for name, size in step.items()}}
         return self._known[key]
 
     def peak(self, **changed: Any) -> int:
@@ -128,14 +126,14 @@ def other_settings(memory: Memory) -> str:
     """Peaks of the next smaller and larger batch and rows."""
     config = memory.config
     batch, rows = config.batch_size, memory.rows(config)
-    settings = [
+    settings: list[dict[str, Any]] = [
         {"rows_per_chunk": max(1, rows // 2)},
         {"rows_per_chunk": min(batch, rows * 2)},
         {"batch_size": max(2, batch // 2)},
         {"batch_size": batch * 2},
     ]
     lines = [f"{f'{memory.phase} phase, other settings':<40}{'GiB':>8}"]
-    shown = set()
+    shown: set[str] = set()
     for changed in ({}, *settings):
         found = dataclasses.replace(config, **changed)
         name = f"batch_size={found.batch_size} rows_per_chunk={memory.rows(found)}"

@@ -202,7 +202,7 @@ def planned_memory(
         # All full chunks need the same, but the first one finds no gradients of earlier ones.
         chunk = 2 if step.num_full_chunks > 1 else 1
         predict = functools.partial(step.denoiser.predict, shared_prompt=shared_prompt)
-        step.denoiser.predict = _only_at_call(chunk, predict)  # type: ignore[method-assign]
+        step.denoiser.predict = _only_at_call(chunk, predict)  # type: ignore[method-assign, assignment]
         return resident, step_memory(step.run, step.components(), step.held(), rest=REST)
 
 

@@ -7,10 +7,11 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dcr_mllm.plan import (
     GIB,
+    STEP,
     Problem,
     Target,
     disk_block,
@@ -102,7 +103,7 @@ class Memory:
         self.phase = next(iter(self.phases))
         self._known: dict[tuple[str, int], dict[str, int]] = {}
 
-    def components(self, name: str, **changed: int) -> dict[str, int]:
+    def components(self, name: str, **changed: Any) -> dict[str, int]:
         """Bytes per device at the peak of a step."""
         from stage2_llava.plan_step import planned_memory
 
@@ -110,10 +111,10 @@ class Memory:
         key = (name, phase.micro_batch_size)
         if key not in self._known:
             resident, step = planned_memory(self.config, self.launch, name, phase, self.length(phase))
-            self._known[key] = {**resident, **{f"step: {part}": size for part, size in step.items()}}
+            self._known[key] = {**resident, **{f"{STEP}{part}": size for part, size in step.items()}}
         return self._known[key]
 
-    def peak(self, **changed: int) -> int:
+    def peak(self, **changed: Any) -> int:
         """Their sum."""
         return sum(self.components(self.phase, **changed).values())
 

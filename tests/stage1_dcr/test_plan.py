@@ -57,7 +57,8 @@ def test_memory_grows_with_rows_and_halves_in_bf16(config: Stage1Config):
 
 
 def test_the_plain_grid_takes_more_than_the_shared_prompt(config: Stage1Config):
-    shared, plain = (planned_memory(config, CPU, "tower", shared_prompt=s)[1]["denoiser"] for s in (True, False))
+    gpu = Launch(device="cuda", num_processes=1, precision="fp32", deepspeed=None)
+    shared, plain = (planned_memory(config, gpu, "tower", shared_prompt=s)[1]["denoiser"] for s in (True, False))
     assert plain > shared
 
 
@@ -82,7 +83,15 @@ def test_flops_are_those_of_the_layers(config: Stage1Config):
     assert 1.8 * forward < found < 2.6 * forward, found / forward
 
 
-def test_the_command_prints_every_part_and_what_fits(config: Stage1Config, tmp_path: Path, capsys):
+def test_the_command_prints_every_part_and_what_fits(
+    config: Stage1Config, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    def memory(config: Stage1Config, launch: Launch, phase: str) -> tuple[dict[str, int], dict[str, int]]:
+        assert (launch.device, launch.num_processes, launch.precision) == ("cuda", 2, "bf16")
+        held = {"denoiser weights": 2 * plan.GIB, "optimizer state": plan.GIB // 10}
+        return held, {phase: config.batch_size * config.rows_per_chunk * plan.GIB}
+
+    monkeypatch.setattr(plan_step, "planned_memory", memory)  # a sum, in place of a step that takes seconds
     arguments = [
         "mini",
         "--stage=1",
@@ -97,14 +106,24 @@ def test_the_command_prints_every_part_and_what_fits(config: Stage1Config, tmp_p
         "--gpus=2",
         "--throughput=50",
     ]
-    assert plan.main([*arguments, "--gpu-memory=1"]) == 0  # GiB
+    assert plan.main([*arguments, "--gpu-memory=20"]) == 0
     text = capsys.readouterr().out
     assert "tower phase: 7 steps of 24 = 168 images" in text
     assert "time at 50 images per second (given): projector 48 s, tower 3 s" in text
-    assert "largest rows_per_chunk that fits: 4 of 4" in text
-    assert "20 samples" in text and "batch_size=8 rows_per_chunk=2" in text
-    for part in ("denoiser weights", "optimizer state", "step: tower", "disk:", "fits: "):
-        assert part in text
+    assert "20 samples" in text
+    table = {line.split("  ")[1]: line.split()[-1] for line in text.splitlines() if line.startswith("  ")}
+    assert table["denoiser weights"] == "2.00" and table["step: tower"] == "8.00" and table["optimizer state"] == "0.10"
+    assert table["peak, with what is too small to show"] == "10.10"
+    assert "fits: 50% of 20 GiB" in text
+    for setting, peak in (("batch_size=4 rows_per_chunk=1", "6.1"), ("batch_size=8 rows_per_chunk=2", "18.1")):
+        assert f"{setting:<38}{peak:>8}" in text
+    assert "largest rows_per_chunk that fits: 3 of 4 (14.1 GiB)" in text
+    assert "disk: " in text
+
+    assert plan.main([*arguments, "--gpu-memory=6"]) == 1
+    text = capsys.readouterr().out
+    assert "PROBLEM: does not fit: 168% of 6 GiB" in text and "PROBLEM: no rows_per_chunk fits" in text
+    assert "2 problems" in text
 
 
 class Linear:
