@@ -46,7 +46,8 @@ def plan(config: Stage1Config, target: Target) -> Iterator[str]:
 
     with torch.device("meta"):
         stage = EmptyStage(config, launch)
-        yield trainable_table(stage)
+        table = trainable_table(stage)
+    yield table
 
     steps: dict[Phase, int] = {"projector": config.projector_steps, "tower": config.tower_steps}
     steps = {phase: count for phase, count in steps.items() if count}
@@ -69,11 +70,11 @@ def plan(config: Stage1Config, target: Target) -> Iterator[str]:
     if target.usable is not None:
         yield rows_that_fit(memory, target.usable)
 
-    flops = unet_flops(config, launch)
-    samples = config.batch_size * conditions_per_row(config)
-    yield (
-        f"UNet in one micro-step of a process: {samples:,} samples, {flops / 1e12:.3g} TFLOP forward and backward; "
-        f"an optimizer step has {config.accumulation}"
+    flops = {n: unet_flops(config, launch, n) for n in {conditions_per_row(config, phase) for phase in steps}}
+    yield "\n".join(
+        f"UNet in a micro-step of the {phase} phase: {config.batch_size * n:,} samples, {flops[n] / 1e12:.3g} TFLOP "
+        f"forward and backward per process; {config.accumulation} micro-steps make a step"
+        for phase, n in ((phase, conditions_per_row(config, phase)) for phase in steps)
     )
     speed, origin = target.throughput, "given"
     if target.measure:

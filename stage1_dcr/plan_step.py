@@ -40,9 +40,14 @@ from stage1_dcr.views import NUM_VIEW_PARAMS
 REST = "views and loss"
 
 
-def conditions_per_row(config: Stage1Config) -> int:
-    """UNet samples in a row of the grid: a condition per image, and the augmented view's."""
-    return config.batch_size + 1
+def conditions_per_row(config: Stage1Config, phase: Phase) -> int:
+    """UNet samples per noisy latent: a condition per image and the augmented view's; one in plain reconstruction."""
+    return config.batch_size + 1 if phase_objective(config, phase) == "dcr" else 1
+
+
+def phase_objective(config: Stage1Config, phase: Phase) -> str:
+    """The loss of a phase."""
+    return config.projector_objective if phase == "projector" else config.tower_objective
 
 
 class EmptyStage(Stage1):
@@ -128,7 +133,7 @@ class PlannedStep:
             denoiser=stage.denoiser,
             batch=batch,
             autocast=launch.precision == "bf16" and not in_engine,
-            objective=config.projector_objective if phase == "projector" else config.tower_objective,
+            objective=phase_objective(config, phase),
             rows=min(rows, config.batch_size),
         )
 
@@ -218,7 +223,7 @@ def _only_at_call(number: int, predict: Predict) -> Predict:
     return chosen
 
 
-def unet_flops(config: Stage1Config, launch: Launch) -> int:
+def unet_flops(config: Stage1Config, launch: Launch, conditions_per_row: int) -> int:
     """Floating-point operations of the UNet in one micro-step, forward and backward (by activations: it is frozen)."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -234,7 +239,7 @@ def unet_flops(config: Stage1Config, launch: Launch) -> int:
     }
     with fake_tensors():
         make_fake(stage.denoiser.modules()["unet"])
-        conditions = torch.randn(1, conditions_per_row(config), stage.denoiser.cross_attention_dim, requires_grad=True)
+        conditions = torch.randn(1, conditions_per_row, stage.denoiser.cross_attention_dim, requires_grad=True)
         latents, timesteps = torch.randn(1, *stage.latent_shape), torch.zeros(1, dtype=torch.long)
         with FlopCounterMode(display=False, custom_mapping=attention) as counter:
             stage.denoiser.predict(latents, timesteps, conditions).sum().backward()

@@ -76,10 +76,11 @@ def test_flops_are_those_of_the_layers(config: Stage1Config):
     for module in unet.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             module.register_forward_hook(count)
-    conditions = torch.randn(1, conditions_per_row(config), stage.denoiser.cross_attention_dim)
+    assert conditions_per_row(config, "tower") == 5
+    conditions = torch.randn(1, 5, stage.denoiser.cross_attention_dim)
     with torch.no_grad():
         stage.denoiser.predict(torch.randn(1, *stage.latent_shape), torch.zeros(1, dtype=torch.long), conditions)
-    found = unet_flops(config, CPU) / config.batch_size
+    found = unet_flops(config, CPU, 5) / config.batch_size
     assert 1.8 * forward < found < 2.6 * forward, found / forward
 
 
@@ -102,6 +103,7 @@ def test_the_command_prints_every_part_and_what_fits(
         "rows_per_chunk=2",
         "projector_steps=100",
         "tower_steps=7",
+        "projector_objective=reconstruction",
         "accumulation=3",
         "--gpus=2",
         "--throughput=50",
@@ -110,7 +112,7 @@ def test_the_command_prints_every_part_and_what_fits(
     text = capsys.readouterr().out
     assert "tower phase: 7 steps of 24 = 168 images" in text
     assert "time at 50 images per second (given): projector 48 s, tower 3 s" in text
-    assert "20 samples" in text
+    assert "projector phase: 4 samples" in text and "tower phase: 20 samples" in text
     table = {line.split("  ")[1]: line.split()[-1] for line in text.splitlines() if line.startswith("  ")}
     assert table["denoiser weights"] == "2.00" and table["step: tower"] == "8.00" and table["optimizer state"] == "0.10"
     assert table["peak, with what is too small to show"] == "10.10"
