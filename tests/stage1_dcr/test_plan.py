@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from torch import nn
 from dcr_mllm import plan
 from dcr_mllm.launch import DEEPSPEED_DIR, Launch
 from dcr_mllm.memory import step_memory
+from scripts.benchmark_plan import LIMIT, SETTINGS, run_child
 from stage1_dcr import plan_step
 from stage1_dcr.config import Stage1Config
-from stage1_dcr.plan import rows_that_fit
+from stage1_dcr.plan import measured_images_per_second, rows_that_fit
 from stage1_dcr.plan_step import REST, PlannedStep, conditions_per_row, planned_memory, unet_flops
 
 CPU = Launch(device="cpu", num_processes=1, precision="fp32", deepspeed=None)
@@ -128,6 +130,12 @@ def test_the_command_prints_every_part_and_what_fits(
     assert "2 problems" in text
 
 
+def test_throughput_is_measured_on_random_weights(config: Stage1Config, monkeypatch: pytest.MonkeyPatch):
+    clock = iter([0.0, 9.0, 10.0, 12.0, 20.0, 24.0])  # three steps of 9, 2 and 4 seconds
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert measured_images_per_second(config) == config.batch_size / 2
+
+
 class Linear:
     """A `Memory` of 2 GiB and 1 more per row."""
 
@@ -153,18 +161,13 @@ def test_that_no_rows_fit_is_a_problem():
 
 
 def test_the_mini_estimate_is_within_limits_of_the_measured_one(tmp_path: Path):
-    from scripts.benchmark_plan import LIMIT, run_child
-
     assert run_child(1, tmp_path)["ratio"] == pytest.approx(1, abs=LIMIT)
 
 
 @pytest.mark.slow
-def test_the_mid_size_estimates_are_within_limits_of_the_measured_ones(tmp_path: Path):
-    from scripts.benchmark_plan import LIMIT, SETTINGS, run_child
-
-    for index, (group, _, _) in enumerate(SETTINGS):
-        if group == "mid":
-            assert run_child(index, tmp_path)["ratio"] == pytest.approx(1, abs=LIMIT), SETTINGS[index]
+@pytest.mark.parametrize("index", [k for k, (group, _, _) in enumerate(SETTINGS) if group == "mid"])
+def test_the_mid_size_estimates_are_within_limits_of_the_measured_ones(index: int, tmp_path: Path):
+    assert run_child(index, tmp_path)["ratio"] == pytest.approx(1, abs=LIMIT), SETTINGS[index]
 
 
 @pytest.mark.slow
