@@ -109,7 +109,11 @@ def decide(precision: str, deepspeed: str) -> Launch:
     if device == "cpu":
         # Otherwise DeepSpeed, which libraries import by themselves, warns that it has to guess.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    count = num_processes_wanted()
+    return launch_on(device, num_processes_wanted(), precision, deepspeed)
+
+
+def launch_on(device: Literal["cuda", "cpu"], count: int, precision: str, deepspeed: str) -> Launch:
+    """Precision and ZeRO stage for `count` processes on such devices; the rest is as for `decide`."""
     chosen: Literal["bf16", "fp32"] = (
         "bf16" if precision == "bf16" or (precision == "auto" and device == "cuda") else "fp32"
     )

@@ -170,6 +170,11 @@ class Denoiser:
         """From now on, replay CUDA graphs where there is CUDA; the denoiser must not be moved after its first use."""
         self._recorded = RecordedPredict(self._predict)
 
+    def attend_as_on(self, device_type: str) -> None:
+        """Take the kernels of this kind of device wherever the tensors are; for plans, whose tensors are nowhere."""
+        if self._grid is not None:
+            self._grid.device_type = device_type
+
     def modules(self) -> dict[str, nn.Module]:
         """The frozen networks by name, to count and to check them."""
         return {"vae": self._vae, "unet": self._unet}

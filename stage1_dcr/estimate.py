@@ -7,6 +7,7 @@ import time
 import torch
 
 from dcr_mllm.headers import denoiser_summary
+from dcr_mllm.plan import duration
 from stage1_dcr.step import Phase
 from stage1_dcr.train import Stage1, prepare
 
@@ -49,14 +50,6 @@ def seconds_per_step(stage: Stage1) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
     return best * config.batch_size * config.accumulation
-
-
-def duration(seconds: float) -> str:
-    """A duration for people, such as `7.7 h`."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def time_table(stage: Stage1) -> str:

@@ -54,11 +54,16 @@ _KNOWN_BLOCKS = {
 
 
 class Grid:
-    """How the UNet's batch is laid out at the moment: ``conditions_per_row`` consecutive samples share a latent."""
+    """How the UNet's batch is laid out at the moment: ``conditions_per_row`` consecutive samples share a latent.
+
+    Attributes:
+        device_type: Attend as on this kind of device; None: as suits the tensors' own.
+    """
 
     def __init__(self) -> None:
         self.active = False
         self.conditions_per_row = 1
+        self.device_type: str | None = None
 
     @contextmanager
     def of(self, conditions_per_row: int) -> Iterator[None]:
@@ -137,7 +142,7 @@ class SharedPromptAttention:
         samples, length, _ = queries.shape
         key, value = self._keys_and_values(attn)
         query = attn.to_q(queries).view(samples, length, attn.heads, -1).transpose(1, 2)
-        if query.device.type == "cpu":
+        if (self.grid.device_type or query.device.type) == "cpu":
             # With constant keys and values the written-out form has half the products to differentiate, and 77 tokens
             # make small matrices: faster than the fused kernel on a CPU (a third of its backward with narrow heads).
             attended = (query * attn.scale @ key.transpose(-1, -2)).softmax(dim=-1) @ value

@@ -72,11 +72,14 @@ class TrainingStep(nn.Module):
 
     def move_frozen(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put what is frozen on the device; ZeRO and the Trainer do not know it."""
-        self._frozen().to(device=device, dtype=dtype)
+        for module in self.frozen():
+            module.to(device=device, dtype=dtype)
         self._denoiser().to(device)
+
+    def frozen(self) -> list[nn.Module]:
+        """What is frozen beside the denoiser: projector or tower, and the base tower to keep close to."""
         reference = self._reference()
-        if reference is not None:
-            reference.to(device=device, dtype=dtype)
+        return [self._frozen()] if reference is None else [self._frozen(), reference]
 
     def forward(
         self, images: Tensor, view_params: Tensor, timestep_uniform: Tensor, noise: Tensor

@@ -54,14 +54,22 @@ class Stage1:
         if config.normalisation == "openai":
             self.statistics = dataclasses.replace(self.statistics, mean=OPENAI_MEAN, std=OPENAI_STD)
         self.dtype = torch.bfloat16 if launch.precision == "bf16" else torch.float32
-        self.denoiser = Denoiser.load(
-            self.denoiser_path, device="cpu", dtype=self.dtype, prediction_type=config.prediction_type
-        )
-        prepare_denoiser(self.denoiser, config.hardware)
+        self.denoiser, self.tower = self.load_denoiser(), self.load_tower()
         choose_attention(config.hardware.attention)
-        self.tower: VisionTower = vision_tower(load_full_model(self.tower_path))
         self.latent_shape = self.denoiser.latent_shape(config.diffusion_size or self.statistics.size)
         self.crop_size = max(self.statistics.size, config.diffusion_size or self.statistics.size)
+
+    def load_denoiser(self) -> Denoiser:
+        """The frozen denoiser, on the CPU."""
+        denoiser = Denoiser.load(
+            self.denoiser_path, device="cpu", dtype=self.dtype, prediction_type=self.config.prediction_type
+        )
+        prepare_denoiser(denoiser, self.config.hardware)
+        return denoiser
+
+    def load_tower(self) -> VisionTower:
+        """The base tower in fp32, on the CPU."""
+        return vision_tower(load_full_model(self.tower_path))
 
     def new_projector(self) -> Projector:
         """The projector to start from: the one that the config names, or a fresh one."""

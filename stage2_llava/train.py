@@ -19,6 +19,7 @@ from dcr_mllm.conversation import TEMPLATES, Template, choose_template
 from dcr_mllm.headers import resolve_weights
 from dcr_mllm.launch import Launch
 from dcr_mllm.llava import image_processor, load_llava, load_processor
+from dcr_mllm.llava_headers import vision_summary
 from dcr_mllm.log import rank
 from dcr_mllm.runs import Run, atomic_directory, provenance
 from stage2_llava.assemble import assemble
@@ -230,28 +231,43 @@ def phase_tables(config: Stage2Config) -> str:
     tables = []
     for name, _ in config.phases():
         with torch.device("meta"):
-            model = _empty_llava(config)
-        if name == "align":
-            freeze_for_alignment(model)
-        elif config.instruct.tuning == "full":
-            freeze_for_full_tuning(model)
-        else:
-            model = add_adapter(model, config.instruct, str(config.llava or config.llm))
-        tables.append(trainable_table(model, name))
+            model = empty_llava(config)
+        tables.append(trainable_table(make_trainable(model, config, name), name))
     return "\n".join(tables)
 
 
-def _empty_llava(config: Stage2Config) -> nn.Module:
+def make_trainable(model: nn.Module, config: Stage2Config, name: str) -> nn.Module:
+    """A LLaVA as the phase `align` or `instruct` trains it."""
+    if name == "align":
+        return freeze_for_alignment(model)
+    if config.instruct.tuning == "full":
+        return freeze_for_full_tuning(model)
+    return add_adapter(model, config.instruct, str(config.llava or config.llm))
+
+
+def empty_llava(config: Stage2Config) -> nn.Module:
+    """The first tower's LLaVA in the shapes that the configs on disk say, without their weights."""
     from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
     if config.llava is not None:
-        return LlavaForConditionalGeneration(AutoConfig.from_pretrained(resolve_weights(config.llava, "llava")))
-    tower: Any = AutoConfig.from_pretrained(resolve_weights(next(iter(config.towers.values())), "tower"))
+        given: Any = AutoConfig.from_pretrained(resolve_weights(config.llava, "llava"))
+        return _named(LlavaForConditionalGeneration(given), config.llava)
+    path = resolve_weights(next(iter(config.towers.values())), "tower")
+    tower: Any = AutoConfig.from_pretrained(path)
     text = AutoConfig.from_pretrained(resolve_weights(config.llm or "", "llm"))
-    return LlavaForConditionalGeneration(
+    model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=getattr(tower, "vision_config", tower),
             text_config=text,
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=vision_summary(path).select_strategy,
             tie_word_embeddings=text.tie_word_embeddings,
         )
     )
+    return _named(model, str(config.llm))
+
+
+def _named(model: Any, name: str) -> nn.Module:
+    """PEFT compares its record with this name, and warns where they differ."""
+    model.name_or_path = name
+    return model
