@@ -98,14 +98,18 @@ def test_number_of_negatives():
     assert config(11).num_negatives(3) == 11
     with pytest.raises(UserError, match="3 x 4 images.*at most 11 others"):
         config(12).num_negatives(3)
-    # A row of 128 conditions leaves no room for a second one, a row of 9 for seven.
+    # A row of 129 samples leaves no room for a second one; seven of 9 would fit, and four divide the batch.
     assert auto_rows_per_chunk(16, "cuda", num_negatives=127) == 1
-    assert auto_rows_per_chunk(16, "cuda", num_negatives=7) == 7
+    assert auto_rows_per_chunk(14, "cuda", num_negatives=7) == 7
+    assert auto_rows_per_chunk(16, "cuda", num_negatives=7) == 4
     assert auto_rows_per_chunk(16, "cuda", num_negatives=15) == auto_rows_per_chunk(16, "cuda") == 4
 
 
-def test_too_many_negatives_are_refused_before_anything_loads(tiny_clip: Path, tiny_denoiser: Path, tiny_shards: str):
+def test_too_many_negatives_are_refused_before_anything_loads(
+    tiny_clip: Path, tiny_denoiser: Path, tiny_shards: str, tmp_path: Path
+):
     settings = [f"tower={tiny_clip}", f"denoiser={tiny_denoiser}", f"data={tiny_shards}", "batch_size=4", "negatives=8"]
+    settings.append(f"runs_dir={tmp_path}")
     command = [sys.executable, "-m", "stage1_dcr", "mini", *settings]
     environment = {**clean_environment(), "NPROC": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
