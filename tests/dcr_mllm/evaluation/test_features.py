@@ -115,7 +115,11 @@ def _made_up_tokenizer(path):
         (_made_up_tokenizer, "its tokenizer has"),
         (
             lambda path: _edit_json(path / "preprocessor_config.json", crop_size={"height": 24, "width": 24}),
-            r"makes images of \(24, 24\) pixels",
+            "makes pictures of 24 pixels",
+        ),
+        (
+            lambda path: _edit_json(path / "preprocessor_config.json", do_center_crop=False),
+            r"makes images of \(\d+, \d+\) pixels",
         ),
     ],
 )
