@@ -34,6 +34,10 @@ def test_storages_count_from_birth_to_death_and_views_do_not():
     assert tracker.current == {"rest": 4 * 2**20}, "the view keeps its storage"
     del b, d
     assert tracker.current == {"rest": 0}
+    with fake_tensors(), tracker:
+        gaps = torch.empty_strided((2,), (MB - 1,))
+    assert tracker.current == {"rest": 2**20}, "a storage counts, not the numbers that a tensor sees of it"
+    del gaps
 
 
 class Squares(nn.Module):
@@ -57,12 +61,18 @@ def test_what_autograd_saves_is_the_modules_and_gradients_come_on_top():
 def test_what_a_step_leaves_behind_was_held_before():
     cache: list[torch.Tensor] = []
 
+    class Caches(nn.Module):
+        def forward(self):
+            cache.append(torch.empty(2 * MB))
+
+    net = Caches()
+
     def step() -> None:
-        cache.append(torch.empty(2 * MB))
+        net()
         torch.empty(MB)
 
     with fake_tensors():
-        assert step_memory(step, [], [], rest="r") == {"r": 2**20}
+        assert step_memory(step, [("net", net)], [], rest="r") == {"r": 2**20}
 
 
 def test_fake_tensors_have_the_storages_of_real_ones():
