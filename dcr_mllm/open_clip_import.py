@@ -7,19 +7,18 @@ written unless both models agree on random images and texts to 1e-5.
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from dcr_mllm.cli import run_main
 from dcr_mllm.errors import UserError
 from dcr_mllm.headers import read_json, resolve_weights
 from dcr_mllm.log import get_logger
+from dcr_mllm.open_clip_names import to_hugging_face
 from dcr_mllm.runs import PROVENANCE_FILE, atomic_directory, sha256_file, write_json_atomic
-from dcr_mllm.siglip_names import convert_siglip_names, empty_siglip
+from dcr_mllm.siglip_names import empty_siglip
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedModel
@@ -28,25 +27,6 @@ logger = get_logger(__name__)
 
 TOLERANCE = 1e-5
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-
-_OUTER = {
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre": "vision_model.pre_layrnorm",
-    "visual.ln_post": "vision_model.post_layernorm",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final": "text_model.final_layer_norm",
-    "logit_scale": "logit_scale",
-}
-_BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
 
 
 def import_open_clip(
@@ -85,8 +65,7 @@ def import_open_clip(
     tokenizer = _tokenizer(length) if base is None else _tokenizer_of(base, config["text_cfg"]["vocab_size"], length)
     source = open_clip.create_model(architecture, pretrained=str(checkpoint), precision="fp32").eval()
     model: PreTrainedModel = empty_siglip(source, config) if is_siglip else _empty_clip(config, tokenizer)
-    convert = convert_siglip_names if is_siglip else convert_names
-    missing, unexpected = model.load_state_dict(convert(source.state_dict()), strict=False)
+    missing, unexpected = model.load_state_dict(to_hugging_face(source.state_dict()), strict=False)
     wrong = [name for name in missing if not name.endswith("position_ids")] + list(unexpected)
     if wrong:
         raise UserError(f"{architecture} has a part that a Hugging Face {family} has not: {wrong[0]}")
@@ -105,31 +84,6 @@ def import_open_clip(
     return Path(out)
 
 
-def convert_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's tensors under the names of `CLIPModel`; fused query, key and value are taken apart."""
-    converted: dict[str, Tensor] = {}
-    for name, value in state.items():
-        name = name.removeprefix("text.")
-        block = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)", name)
-        if block:
-            side = "vision_model" if block[1] else "text_model"
-            prefix, part = f"{side}.encoder.layers.{block[2]}", block[3]
-            if part.startswith("attn.in_proj_"):
-                for which, piece in zip("qkv", value.chunk(3), strict=True):
-                    converted[f"{prefix}.self_attn.{which}_proj.{part.removeprefix('attn.in_proj_')}"] = piece.clone()
-                continue
-            stem, _, kind = part.rpartition(".")
-            converted[f"{prefix}.{_BLOCK.get(stem, stem)}.{kind}"] = value
-        elif name in ("visual.proj", "text_projection"):
-            converted["visual_projection.weight" if name == "visual.proj" else "text_projection.weight"] = value.T
-        elif name == "attn_mask":
-            continue
-        else:
-            stem, _, kind = name.rpartition(".")
-            converted[_OUTER.get(name) or f"{_OUTER.get(stem, stem)}.{kind}"] = value
-    return {name: value.contiguous() for name, value in converted.items()}
-
-
 @torch.inference_mode()
 def output_difference(source: Any, model: PreTrainedModel, num_inputs: int = 4) -> float:
     """Largest difference of normalised embeddings between an open_clip model and its conversion, on random inputs."""
@@ -137,12 +91,12 @@ def output_difference(source: Any, model: PreTrainedModel, num_inputs: int = 4) 
     size = model.config.vision_config.image_size
     pixels = torch.randn(num_inputs, 3, size, size, generator=generator)
     text = model.config.text_config
-    length, is_clip = text.max_position_embeddings, model.config.model_type == "clip"
-    highest = text.eos_token_id - 1 if is_clip else text.vocab_size
-    ids = torch.randint(1, highest, (num_inputs, length), generator=generator)
-    if is_clip:  # reads the end token, wherever it is; SigLIP reads the last position of a full text
+    length = text.max_position_embeddings
+    ids = torch.randint(1, text.vocab_size - 2, (num_inputs, length), generator=generator)
+    if model.config.model_type == "clip":  # reads the end token, wherever it is; SigLIP reads the last position
         ids[:, 0], ids[:, length // 2 :] = text.bos_token_id, 0
-        ids[:, length // 2] = text.eos_token_id
+        # Old configs say 2 and mean the highest id.
+        ids[:, length // 2] = text.eos_token_id if text.eos_token_id != 2 else text.vocab_size - 1
     pairs = [
         (source.encode_image(pixels), model.get_image_features(pixel_values=pixels).pooler_output),
         (source.encode_text(ids), model.get_text_features(input_ids=ids).pooler_output),
@@ -230,16 +184,22 @@ def _tokenizer_of(base: str | Path, vocab_size: int, context_length: int) -> Any
     return tokenizer
 
 
+def open_clip_vocabulary() -> dict[str, int]:
+    """open_clip's own vocabulary, with CLIP's names for the two marks."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    names = {"<start_of_text>": BOS, "<end_of_text>": EOS}
+    return {names.get(token, token): index for token, index in SimpleTokenizer().encoder.items()}
+
+
 def _tokenizer(context_length: int) -> Any:
     """open_clip's own vocabulary in CLIP's Hugging Face tokenizer."""
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizer
 
-    own = SimpleTokenizer()
-    names = {"<start_of_text>": BOS, "<end_of_text>": EOS}
-    vocabulary = {names.get(token, token): index for token, index in own.encoder.items()}
-    merges = sorted(own.bpe_ranks, key=own.bpe_ranks.get)
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)
+    ranks = SimpleTokenizer().bpe_ranks
+    merges = sorted(ranks, key=ranks.get)
+    return CLIPTokenizer(vocab=open_clip_vocabulary(), merges=merges, model_max_length=context_length)
 
 
 def _image_processor(source: Any, checkpoint: Path, is_siglip: bool) -> Any:

@@ -20,10 +20,9 @@ from torch import Tensor
 from dcr_mllm.cli import run_main
 from dcr_mllm.errors import UserError
 from dcr_mllm.headers import TOWER_TYPES, read_json, resolve_weights, tower_summary
-from dcr_mllm.open_clip_import import convert_names
+from dcr_mllm.open_clip_names import to_hugging_face
 from dcr_mllm.runs import PROVENANCE_FILE, atomic_directory, hash_directory, sha256_file, write_json_atomic
 from dcr_mllm.siglip_names import ANCHOR as TIMM_ANCHOR
-from dcr_mllm.siglip_names import convert_siglip_names
 
 # The tensor that tells a layout; whatever stands before it is what the weights were wrapped in.
 _ANCHORS = {
@@ -204,8 +203,8 @@ def _hugging_face_names(tensors: dict[str, Tensor], layout: str) -> dict[str, Te
         name: value for name, value in tensors.items() if name not in _SCALARS and not name.endswith("position_ids")
     }
     if layout == "OpenAI":
-        return convert_names(kept)
-    return convert_siglip_names(kept) if layout == "open_clip with timm" else kept
+        return to_hugging_face(kept)
+    return to_hugging_face(kept) if layout == "open_clip with timm" else kept
 
 
 def _empty_model(skeleton: Path) -> Any:
