@@ -14,8 +14,13 @@ from dcr_mllm.headers import TensorHeader, read_json, read_weights, weight_file
 VISION_TYPES = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 """Vision part of every kind of tower, which is also what its vision-only directories are called."""
 PROJECTOR = "multi_modal_projector."
-# Current files, older ones, and what a `LlavaModel` would write.
-_TOWER_PREFIXES = ("vision_tower.vision_model.", "vision_tower.", "model.vision_tower.")
+# Current files, older ones, and names as they are in memory, which some tools write.
+_TOWER_PREFIXES = (
+    "vision_tower.vision_model.",
+    "vision_tower.",
+    "model.vision_tower.vision_model.",
+    "model.vision_tower.",
+)
 # SigLIP's pooling head and what stands behind the last block: LLaVA never reads them, and may lack them.
 UNREAD = ("head.", "post_layernorm.")
 

@@ -141,8 +141,8 @@ def _load(directory: Path, state: dict[str, Any], architecture: str | None) -> A
     for name in sorted(theirs | ours):
         if theirs.get(name) != ours.get(name):
             raise UserError(
-                f"the tower does not fit open_clip's {architecture or 'model'}: {name} is {ours.get(name)} in the tower "
-                f"and {theirs.get(name)} there"
+                f"the tower does not fit open_clip's {architecture or 'model'}: {name} is {ours.get(name)} in the "
+                f"tower and {theirs.get(name)} there"
             )
     made.load_state_dict(state)
     return made

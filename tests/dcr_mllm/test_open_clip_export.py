@@ -1,9 +1,10 @@
-"""A tower exported to open_clip gives open_clip's models the same features, texts and pixels, and comes back bit-equal."""
+"""A tower exported to open_clip has the same features, texts and pixels there, and comes back bit-equal."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def tiny_timm() -> Any:
             options = {key: value for key, value in options.items() if key in ("num_classes", "global_pool")}
             return VisionTransformer(
                 img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, mlp_ratio=2, class_token=False,
-                act_layer=activation, norm_layer=lambda *a, **k: torch.nn.LayerNorm(*a, **{**k, "eps": 1e-6}), **options,
+                act_layer=activation, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), **options,
             )  # fmt: skip
 
         build.__name__, build.__module__ = name, __name__
@@ -179,14 +180,20 @@ def test_an_imported_checkpoint_goes_back_to_the_same_bytes(tmp_path: Path):
 
 
 def test_what_open_clip_has_not_is_named(tiny_timm: None, tiny_clip: Path, tiny_siglip: Path, tmp_path: Path):
+    silu, gelu = {"hidden_act": "silu"}, {"hidden_act": "gelu"}
+    shapes = "does not fit open_clip's ViT-B-32: ln_final.bias is (32,) in the tower and (512,) there"
     cases = [
-        (edited(tiny_clip, tmp_path / "a", vision_config={"hidden_act": "silu"}), None, "vision_config.hidden_act 'silu'"),
-        (edited(tiny_clip, tmp_path / "b", text_config={"hidden_act": "gelu"}), None, "quick_gelu on both sides or on none"),
-        (edited(tiny_siglip, tmp_path / "c", vision_config={"num_attention_heads": 4}), None, "timm has no SigLIP of 32 px"),
+        (edited(tiny_clip, tmp_path / "a", vision_config=silu), None, "vision_config.hidden_act 'silu'"),
+        (edited(tiny_clip, tmp_path / "b", text_config=gelu), None, "quick_gelu on both sides or on none"),
+        (
+            edited(tiny_siglip, tmp_path / "c", vision_config={"num_attention_heads": 4}),
+            None,
+            "timm has no SigLIP of 32",
+        ),
         (edited(tiny_siglip, tmp_path / "d", vision_config={"layer_norm_eps": 1e-5}), None, "layer_norm_eps"),
         (tiny_clip, "ViT-Q", "knows no architecture 'ViT-Q'"),
-        (tiny_clip, "ViT-B-32", "does not fit open_clip's ViT-B-32: ln_final.bias is (32,) in the tower and (512,) there"),
-    ]  # fmt: skip
+        (tiny_clip, "ViT-B-32", shapes),
+    ]
     for tower, architecture, words in cases:
         with pytest.raises(UserError) as error:
             export_open_clip(tower, tmp_path / "out", architecture)

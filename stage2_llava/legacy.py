@@ -1,0 +1,163 @@
+"""Names and files as older readers have them: transformers 4, and the original LLaVA repository on top of 4.37.
+
+Everything here turns what lies on disk into what would lie there in an older layout; no model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from dcr_mllm.errors import UserError
+from dcr_mllm.headers import read_json
+from dcr_mllm.llava_headers import PROJECTOR, tower_tensor
+from dcr_mllm.runs import write_json_atomic
+
+Part = Literal["tower", "projector", "language"]
+
+# A language model inside a LLaVA: on disk (transformers 4 and 5), and in memory since 4.52.
+_LANGUAGE_PREFIXES = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "lm_head.": "lm_head.",
+}
+_ORIGINAL_PROJECTOR = {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}
+# Written by transformers 5 only, or about the machine that wrote it.
+_NEW_KEYS = ("dtype", "rope_parameters", "transformers_version", "_name_or_path", "architectures")
+_TOKENIZER_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "model_max_length", "padding_side")
+_IMAGE_KEYS = (
+    "crop_size", "do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean",
+    "image_std", "resample", "rescale_factor", "size",
+)  # fmt: skip
+
+
+def part_of(name: str) -> tuple[Part, str]:
+    """Which part of a LLaVA a stored tensor belongs to, and its name within: `model.*` and `lm_head.*` of a causal
+    language model, `linear_1.*` of a projector, a tower's without `vision_model.`.
+
+    Raises:
+        UserError: It is of none of them.
+    """
+    own = tower_tensor(name)
+    if own is not None:
+        return "tower", own
+    if PROJECTOR in name:
+        return "projector", name.split(PROJECTOR)[1]
+    for prefix, replacement in _LANGUAGE_PREFIXES.items():
+        if name.startswith(prefix):
+            return "language", replacement + name.removeprefix(prefix)
+    raise UserError(f"the tensor {name} belongs neither to a tower nor to a projector nor to a language model")
+
+
+def transformers4_name(name: str) -> str:
+    """A stored tensor's name as every transformers since 4.36, and vLLM, read it."""
+    part, own = part_of(name)
+    return {"tower": "vision_tower.vision_model.", "projector": PROJECTOR, "language": "language_model."}[part] + own
+
+
+def original_name(name: str) -> str | None:
+    """A stored tensor's name in the original LLaVA; None for a tower's, which lies in a directory of its own."""
+    part, own = part_of(name)
+    if part == "projector":
+        layer, _, kind = own.partition(".")
+        return f"{_ORIGINAL_PROJECTOR[layer]}.{kind}"
+    return own if part == "language" else None
+
+
+def text_config(stored: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A language model's config with all of its keys, in transformers 4's terms.
+
+    Args:
+        stored: `text_config` of a LLaVA; what it leaves out gets the library's default.
+        dtype: Of the weights, as `torch_dtype` is to say.
+    """
+    from transformers import CONFIG_MAPPING
+
+    full = CONFIG_MAPPING[stored.get("model_type", "llama")](**{k: v for k, v in stored.items() if k != "model_type"})
+    old = _without_new_keys(full.to_diff_dict())
+    rope = dict(full.rope_parameters or {})
+    old["rope_theta"] = rope.pop("rope_theta", 10000.0)
+    kind = rope.pop("rope_type", "default")
+    old["rope_scaling"] = None if kind == "default" else {"type": kind, "rope_type": kind, **rope}
+    return {**old, "torch_dtype": dtype}
+
+
+def vision_config(stored: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A tower's config with all of its keys, in transformers 4's terms.
+
+    Args:
+        stored: `vision_config` of a LLaVA or of a full tower.
+        dtype: Of the weights.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = stored.get("model_type", "clip_vision_model")
+    full = CONFIG_MAPPING[kind](**{k: v for k, v in stored.items() if k != "model_type"})
+    return {**_without_new_keys(full.to_diff_dict()), "torch_dtype": dtype}
+
+
+def stored_image_processor(directory: Path) -> dict[str, Any]:
+    """The image processor's settings from either of the two files that may hold them."""
+    source = directory / "preprocessor_config.json"
+    if not source.is_file() and (directory / "processor_config.json").is_file():
+        return read_json(directory / "processor_config.json").get("image_processor") or {}
+    return read_json(source)
+
+
+def preprocessor_config(directory: Path, kind: str) -> dict[str, Any]:
+    """`preprocessor_config.json` of a model that has it inside `processor_config.json`, or has it already.
+
+    Args:
+        directory: A tower or a LLaVA.
+        kind: Name of the image processor's class.
+    """
+    stored = stored_image_processor(directory)
+    settings = {key: stored[key] for key in _IMAGE_KEYS if stored.get(key) is not None}
+    if kind == "LlavaImageProcessor":
+        settings["do_pad"] = bool(stored.get("do_pad", False))
+    return {**settings, "image_processor_type": kind}
+
+
+def write_tokenizer(source: Path, out: Path) -> None:
+    """Tokenizer files that tokenizers 0.15 and transformers 4 read, giving the same ids.
+
+    Merges become text again, and the class is the one that takes `tokenizer.json` as it is, with `use_fast=False` too.
+
+    Raises:
+        UserError: There is no `tokenizer.json`, or a merge cannot be written as text.
+    """
+    tokenizer = read_json(source / "tokenizer.json")
+    model = tokenizer["model"]
+    if any(" " in piece for pair in model.get("merges", ()) if isinstance(pair, list) for piece in pair):
+        raise UserError(f"{source / 'tokenizer.json'} merges pieces with spaces, which older tokenizers cannot read")
+    if "merges" in model:
+        model["merges"] = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    for key in ("pre_tokenizer", "decoder"):
+        _for_each_metaspace(tokenizer.get(key))
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    stored = read_json(source / "tokenizer_config.json")
+    kept = {key: _text(stored[key]) for key in _TOKENIZER_KEYS if stored.get(key) is not None}
+    write_json_atomic(out / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"})
+    if (source / "tokenizer.model").is_file():
+        shutil.copyfile(source / "tokenizer.model", out / "tokenizer.model")
+
+
+def _for_each_metaspace(step: Any) -> None:
+    """Older tokenizers want to be told of the prefix in a second way."""
+    if isinstance(step, dict):
+        if step.get("type") == "Metaspace":
+            step.setdefault("add_prefix_space", step.get("prepend_scheme") != "never")
+        for value in step.values():
+            for inner in value if isinstance(value, list) else [value]:
+                _for_each_metaspace(inner)
+
+
+def _text(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _without_new_keys(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _NEW_KEYS and value is not None}
