@@ -18,6 +18,7 @@ from dcr_mllm.headers import TensorHeader, read_json, resolve_weights
 from dcr_mllm.llava_headers import LlavaSummary, llava_summary, vision_summary
 from dcr_mllm.runs import PROVENANCE_FILE, atomic_directory, hash_directory, write_json_atomic
 from stage2_llava.legacy import (
+    copy_slow_tokenizer,
     original_name,
     part_of,
     preprocessor_config,
@@ -62,12 +63,16 @@ def export_tower(tower: str | Path, out: str | Path) -> Path:
     return Path(out)
 
 
-def export_original(llava: str | Path, out: str | Path, mm_vision_tower: str | None = None) -> Path:
+def export_original(
+    llava: str | Path, out: str | Path, *, tokenizer: str | Path | None = None, mm_vision_tower: str | None = None
+) -> Path:
     """Write a LLaVA as the original repository's `LlavaLlamaForCausalLM`.
 
     Args:
         llava: LLaVA directory with a CLIP tower and a Llama.
-        out: Directory to write; must not exist. The original takes it for a LLaVA only if `llava` is in its last name.
+        out: Directory to write; must not exist. The original takes it for a LLaVA only if its name has `llava` in it.
+        tokenizer: The language model's directory, for its `tokenizer.model`; the original trains and evaluates with that.
+            None writes the LLaVA's own tokenizer, which adds `<image>` and perhaps `<pad>` to the vocabulary.
         mm_vision_tower: Path or id that config.json is to name; by default that of `OUT/vision_tower` on this machine.
 
     Raises:
@@ -108,7 +113,10 @@ def export_original(llava: str | Path, out: str | Path, mm_vision_tower: str | N
         _write_weights(summary.path, temporary, original_name)
         write_json_atomic(temporary / "config.json", written)
         _write_generation_config(summary.path, temporary)
-        write_tokenizer(summary.path, temporary)
+        if tokenizer is None:
+            write_tokenizer(summary.path, temporary, splits=True)
+        else:
+            copy_slow_tokenizer(Path(tokenizer), summary.path, temporary)
         write_json_atomic(temporary / PROVENANCE_FILE, _record(summary.path))
         (temporary / "README.md").write_text(_original_card(written), encoding="utf-8")
     return Path(out)
@@ -280,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="directory to write")
     parser.add_argument("--layout", choices=LAYOUTS, default="original", help="whom it is for (default: %(default)s)")
     parser.add_argument("--mm-vision-tower", metavar="PATH", help="named in config.json in place of OUT/vision_tower")
+    parser.add_argument("--tokenizer", metavar="LLM", help="the language model, for its tokenizer.model (original)")
     options = parser.parse_args(argv)
 
     def call() -> None:
@@ -290,7 +299,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"{directory} is no LLaVA; transformers 4 reads towers as they are")
             print(export_transformers4(directory, options.out))
         elif is_llava:
-            print(export_original(directory, options.out, options.mm_vision_tower))
+            llm = resolve_weights(options.tokenizer, "llm") if options.tokenizer else None
+            print(export_original(directory, options.out, tokenizer=llm, mm_vision_tower=options.mm_vision_tower))
         else:
             print(export_tower(directory, options.out))
 

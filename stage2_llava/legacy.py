@@ -121,10 +121,16 @@ def preprocessor_config(directory: Path, kind: str) -> dict[str, Any]:
     return {**settings, "image_processor_type": kind}
 
 
-def write_tokenizer(source: Path, out: Path) -> None:
-    """Tokenizer files that tokenizers 0.15 and transformers 4 read, giving the same ids.
+def write_tokenizer(source: Path, out: Path, *, splits: bool = False) -> None:
+    """Tokenizer files that transformers 4 reads, giving the same ids.
 
     Merges become text again, and the class is the one that takes `tokenizer.json` as it is, with `use_fast=False` too.
+
+    Args:
+        source: A directory with `tokenizer.json`.
+        out: Where to write.
+        splits: For tokenizers before 0.19, whose Metaspace always splits at spaces: one that does not is written as the
+            normalizer that Llama had before. They differ behind special tokens only, where that one puts a space.
 
     Raises:
         UserError: There is no `tokenizer.json`, or a merge cannot be written as text.
@@ -135,24 +141,43 @@ def write_tokenizer(source: Path, out: Path) -> None:
         raise UserError(f"{source / 'tokenizer.json'} merges pieces with spaces, which older tokenizers cannot read")
     if "merges" in model:
         model["merges"] = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
-    for key in ("pre_tokenizer", "decoder"):
-        _for_each_metaspace(tokenizer.get(key))
+    step = tokenizer.get("pre_tokenizer") or {}
+    if step.get("type") == "Metaspace":
+        prefix = step.get("prepend_scheme", "always") != "never"
+        step.setdefault("add_prefix_space", prefix)  # older versions want to be told of the prefix in a second way
+        if splits and step.get("split") is False:
+            tokenizer["normalizer"] = _as_normalizer(tokenizer.get("normalizer"), step["replacement"], prefix)
+            tokenizer["pre_tokenizer"] = None
     (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
     stored = read_json(source / "tokenizer_config.json")
     kept = {key: _text(stored[key]) for key in _TOKENIZER_KEYS if stored.get(key) is not None}
     write_json_atomic(out / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"})
-    if (source / "tokenizer.model").is_file():
-        shutil.copyfile(source / "tokenizer.model", out / "tokenizer.model")
 
 
-def _for_each_metaspace(step: Any) -> None:
-    """Older tokenizers want to be told of the prefix in a second way."""
-    if isinstance(step, dict):
-        if step.get("type") == "Metaspace":
-            step.setdefault("add_prefix_space", step.get("prepend_scheme") != "never")
-        for value in step.values():
-            for inner in value if isinstance(value, list) else [value]:
-                _for_each_metaspace(inner)
+def copy_slow_tokenizer(llm: Path, llava: Path, out: Path) -> None:
+    """Take the SentencePiece tokenizer of a language model, which is what the original LLaVA trains and evaluates with.
+
+    Raises:
+        UserError: The directory has none, or it is not the vocabulary that the LLaVA was made with.
+    """
+    from transformers import AutoTokenizer
+
+    if not (llm / "tokenizer.model").is_file():
+        raise UserError(f"{llm / 'tokenizer.model'} is missing: --tokenizer takes the directory of the language model")
+    theirs, ours = (AutoTokenizer.from_pretrained(path, local_files_only=True).get_vocab() for path in (llm, llava))
+    odd = next((token for token in sorted(theirs) if ours.get(token) != theirs[token]), None)
+    if odd is not None:
+        raise UserError(f"token {odd!r} is {theirs[odd]} in {llm} and {ours.get(odd)} in {llava}: another vocabulary")
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (llm / name).is_file():
+            shutil.copyfile(llm / name, out / name)
+
+
+def _as_normalizer(own: Any, replacement: str, prefix: bool) -> dict[str, Any]:
+    steps = [own] if own else []
+    steps += [{"type": "Prepend", "prepend": replacement}] if prefix else []
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": replacement})
+    return {"type": "Sequence", "normalizers": steps}
 
 
 def _text(token: Any) -> Any:

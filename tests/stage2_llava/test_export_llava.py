@@ -320,7 +320,7 @@ def test_its_tower_can_be_swapped_and_it_goes_to_the_original(hub_llava: Path, t
     after = {name: value for file in swapped.glob("*.safetensors") for name, value in load_file(file).items()}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("vision_tower."))
-    out = export_original(hub_llava, tmp_path / "llava", "openai/clip-vit-large-patch14-336")
+    out = export_original(hub_llava, tmp_path / "llava", mm_vision_tower="openai/clip-vit-large-patch14-336")
     config = json.loads((out / "config.json").read_text())
     assert config["mm_vision_tower"] == "openai/clip-vit-large-patch14-336" and config["image_aspect_ratio"] == "square"
     assert config["num_attention_heads"] == 4 and config["torch_dtype"] == "float16" and config["rope_theta"] == 10000.0
@@ -358,13 +358,34 @@ def test_a_siglip_llava_in_the_transformers4_layout(tiny_siglip: Path, tiny_llam
         export_transformers4(tmp_path / "llava", tmp_path / "out")
 
 
-def test_the_old_tokenizer_file_gives_the_same_ids(tiny_llava: Path, tmp_path: Path):
+@pytest.mark.parametrize("splits", [False, True])
+def test_the_old_tokenizer_file_gives_the_same_ids(tiny_llava: Path, tmp_path: Path, splits: bool):
     from transformers import AutoTokenizer
 
-    write_tokenizer(tiny_llava, tmp_path)
+    write_tokenizer(tiny_llava, tmp_path, splits=splits)
     stored = json.loads((tmp_path / "tokenizer.json").read_text())
     assert all(isinstance(merge, str) for merge in stored["model"]["merges"])
-    assert stored["pre_tokenizer"]["add_prefix_space"] is True
+    assert (stored["pre_tokenizer"] is None) == splits and (splits or stored["pre_tokenizer"]["add_prefix_space"])
     old, new = (AutoTokenizer.from_pretrained(path) for path in (tmp_path, tiny_llava))
-    for text in ("USER: <image>\nIs it red? ASSISTANT:", "No.</s>", "naïve  two"):
+    assert old.model_max_length == new.model_max_length and old.pad_token == new.pad_token
+    for text in ("Is it red? ASSISTANT:", "No.</s>", "naïve  two", *(() if splits else ("USER: <image>\nIs it red?",))):
         assert old(text).input_ids == new(text).input_ids
+
+
+def test_the_language_models_own_tokenizer_is_taken_if_it_is_the_same(
+    tiny_llava: Path, tiny_llama: Path, tmp_path: Path
+):
+    llm = shutil.copytree(tiny_llama, tmp_path / "llm")
+    arguments = [str(tiny_llava), str(tmp_path / "llava"), "--tokenizer", str(llm)]
+    assert main(arguments) == 2  # it has no tokenizer.model
+    (llm / "tokenizer.model").write_bytes(b"sentencepiece")
+    assert main(arguments) == 0
+    assert (tmp_path / "llava/tokenizer.model").read_bytes() == b"sentencepiece"
+    assert not (tmp_path / "llava/tokenizer.json").exists()
+    tokens = json.loads((llm / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (llm / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(UserError, match="another vocabulary"):
+        export_original(tiny_llava, tmp_path / "llava-2", tokenizer=llm)
