@@ -16,14 +16,13 @@ from dcr_mllm.cli import run_main
 from dcr_mllm.errors import UserError
 from dcr_mllm.headers import read_json, resolve_weights, tower_summary
 from dcr_mllm.open_clip_config import architecture_config, image_config, tower_config
+from dcr_mllm.push import HUB_NAME
 from dcr_mllm.runs import PROVENANCE_FILE, atomic_directory, hash_directory, write_json_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG_FILE, WEIGHT_FILE = "open_clip_config.json", "open_clip_model.safetensors"
-HUB_NAME = "OWNER/NAME"
-"""Stands where open_clip wants the id of the repository that the files will lie in; `dcr-mllm push` fills it in."""
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "spiece.model", "tokenizer.model",
@@ -57,6 +56,8 @@ def export_open_clip(
 
     tower = Path(tower)
     summary = tower_summary(tower)
+    if summary.model_type not in ("clip", "siglip"):
+        raise UserError(f"{tower} is of model_type {summary.model_type}; clip and siglip can be exported to open_clip")
     if not summary.has_text_side:
         raise UserError(f"{tower} has no text side, which open_clip needs; give the full model with its text tower")
     try:

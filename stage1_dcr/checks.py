@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dcr_mllm.errors import UserError
+from dcr_mllm.fits import check_projector, check_sizes
 from dcr_mllm.headers import (
     DenoiserSummary,
     TowerSummary,
     denoiser_summary,
-    read_json,
-    read_safetensors_header,
     resolve_weights,
     tower_summary,
 )
@@ -108,56 +107,6 @@ def check_denoiser(denoiser: DenoiserSummary, prediction_type: str | None = None
     if prediction_type is not None:
         notes.append(f"note: prediction_type {prediction_type} overrides the scheduler's {denoiser.prediction_type}")
     return notes
-
-
-def check_sizes(
-    tower: TowerSummary, denoiser: DenoiserSummary, image_size: int | None, diffusion_size: int | None
-) -> list[str]:
-    """Refuses an image size that the tower's positions do not fit, or that does not divide into latents."""
-    if image_size is not None and image_size != tower.image_size:
-        raise UserError(
-            f"image_size is {image_size}, but the tower takes {tower.image_size} ({tower.path}/config.json): its "
-            "position embedding fits no other size; leave image_size out, or choose another tower"
-        )
-    size, name = diffusion_size or tower.image_size, "diffusion_size"
-    if size <= 0 or size % denoiser.vae_scale:
-        origin = "" if diffusion_size else " (the tower's size, since it is not set)"
-        below = max(size // denoiser.vae_scale, 1) * denoiser.vae_scale
-        raise UserError(
-            f"{name} is {size}{origin}, expected a multiple of {denoiser.vae_scale}, the VAE's factor; "
-            f"set {name}={below} or {below + denoiser.vae_scale}"
-        )
-    latent = size // denoiser.vae_scale
-    notes = [f"sizes: tower {tower.image_size} px, VAE {size} px, latents {latent} x {latent}"]
-    if latent % denoiser.unet_scale:
-        # diffusers resizes on the way up, so the published 224 px on SD (28 x 28 latents) works and is not an error.
-        notes.append(
-            f"note: latents of {latent} are no multiple of {denoiser.unet_scale}, the UNet resizes inside; "
-            f"multiples of {denoiser.vae_scale * denoiser.unet_scale} px avoid it"
-        )
-    return notes
-
-
-def check_projector(directory: str | os.PathLike[str], tower_width: int, condition_width: int) -> None:
-    """Refuses a projector that was made for another tower or another denoiser, or whose weights are not whole."""
-    directory = Path(directory).expanduser()
-    if not directory.is_dir():
-        raise UserError(f"projector directory {str(directory)!r} does not exist; give the projector/ folder of a run")
-    stored = read_json(directory / "config.json")
-    for key, wanted, whose in (
-        ("input_width", tower_width, "the tower's embedding has"),
-        ("output_width", condition_width, "the denoiser's conditions have"),
-    ):
-        if stored.get(key) != wanted:
-            raise UserError(
-                f"projector {directory} has {key} {stored.get(key)}, but {whose} width {wanted}; "
-                "use the projector that was trained with this tower and denoiser, or leave projector out"
-            )
-    weights = sorted(directory.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"{directory / 'model.safetensors'} is missing; give the projector/ folder of a finished phase")
-    for file in weights:
-        read_safetensors_header(file)
 
 
 def check_data(data: str | list[str] | None) -> list[str]:

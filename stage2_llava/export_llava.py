@@ -16,15 +16,13 @@ from dcr_mllm.cli import run_main
 from dcr_mllm.errors import UserError
 from dcr_mllm.headers import TensorHeader, read_json, resolve_weights
 from dcr_mllm.llava_headers import LlavaSummary, llava_summary, vision_summary
+from dcr_mllm.llava_names import original_name, part_of, transformers4_name
 from dcr_mllm.runs import PROVENANCE_FILE, atomic_directory, hash_directory, write_json_atomic
 from stage2_llava.legacy import (
     copy_slow_tokenizer,
-    original_name,
-    part_of,
     preprocessor_config,
     stored_image_processor,
     text_config,
-    transformers4_name,
     vision_config,
     write_tokenizer,
 )
@@ -71,8 +69,8 @@ def export_original(
     Args:
         llava: LLaVA directory with a CLIP tower and a Llama.
         out: Directory to write; must not exist. The original takes it for a LLaVA only if its name has `llava` in it.
-        tokenizer: The language model's directory, for its `tokenizer.model`; the original trains and evaluates with that.
-            None writes the LLaVA's own tokenizer, which adds `<image>` and perhaps `<pad>` to the vocabulary.
+        tokenizer: The language model's directory, for its `tokenizer.model`, which the original trains and evaluates
+            with. None writes the LLaVA's own tokenizer, which adds `<image>` and perhaps `<pad>` to the vocabulary.
         mm_vision_tower: Path or id that config.json is to name; by default that of `OUT/vision_tower` on this machine.
 
     Raises:
@@ -238,7 +236,9 @@ def _write_tower(out: Path, config: dict[str, Any], tensors: dict[str, Any], pro
         if not name.endswith("position_ids")
     }
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    written = {**vision_config(config, dtype), "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
+    # MetaCLIP 2's image side is CLIP's under a name of its own.
+    own = vision_config({**config, "model_type": "clip_vision_model"}, dtype)
+    written = {**own, "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
     write_json_atomic(out / "config.json", written)
     image = preprocessor_config(processor, "CLIPImageProcessor")
     # transformers 4.25 and earlier look for the second name.

@@ -1,4 +1,4 @@
-"""Names and files as older readers have them: transformers 4, and the original LLaVA repository on top of 4.37.
+"""Files as older readers have them: transformers 4, and the original LLaVA repository on top of 4.37.
 
 Everything here turns what lies on disk into what would lie there in an older layout; no model is loaded.
 """
@@ -8,23 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dcr_mllm.errors import UserError
 from dcr_mllm.headers import read_json
-from dcr_mllm.llava_headers import PROJECTOR, tower_tensor
 from dcr_mllm.runs import write_json_atomic
 
-Part = Literal["tower", "projector", "language"]
-
-# A language model inside a LLaVA: on disk (transformers 4 and 5), and in memory since 4.52.
-_LANGUAGE_PREFIXES = {
-    "language_model.model.": "model.",
-    "language_model.lm_head.": "lm_head.",
-    "model.language_model.": "model.",
-    "lm_head.": "lm_head.",
-}
-_ORIGINAL_PROJECTOR = {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}
 # Written by transformers 5 only, or about the machine that wrote it.
 _NEW_KEYS = ("dtype", "rope_parameters", "transformers_version", "_name_or_path", "architectures")
 _TOKENIZER_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "model_max_length", "padding_side")
@@ -32,39 +21,6 @@ _IMAGE_KEYS = (
     "crop_size", "do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean",
     "image_std", "resample", "rescale_factor", "size",
 )  # fmt: skip
-
-
-def part_of(name: str) -> tuple[Part, str]:
-    """Which part of a LLaVA a stored tensor belongs to, and its name within: `model.*` and `lm_head.*` of a causal
-    language model, `linear_1.*` of a projector, a tower's without `vision_model.`.
-
-    Raises:
-        UserError: It is of none of them.
-    """
-    own = tower_tensor(name)
-    if own is not None:
-        return "tower", own
-    if PROJECTOR in name:
-        return "projector", name.split(PROJECTOR)[1]
-    for prefix, replacement in _LANGUAGE_PREFIXES.items():
-        if name.startswith(prefix):
-            return "language", replacement + name.removeprefix(prefix)
-    raise UserError(f"the tensor {name} belongs neither to a tower nor to a projector nor to a language model")
-
-
-def transformers4_name(name: str) -> str:
-    """A stored tensor's name as every transformers since 4.36, and vLLM, read it."""
-    part, own = part_of(name)
-    return {"tower": "vision_tower.vision_model.", "projector": PROJECTOR, "language": "language_model."}[part] + own
-
-
-def original_name(name: str) -> str | None:
-    """A stored tensor's name in the original LLaVA; None for a tower's, which lies in a directory of its own."""
-    part, own = part_of(name)
-    if part == "projector":
-        layer, _, kind = own.partition(".")
-        return f"{_ORIGINAL_PROJECTOR[layer]}.{kind}"
-    return own if part == "language" else None
 
 
 def text_config(stored: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from torch import nn
 
 from dcr_mllm.errors import UserError
 from dcr_mllm.llava import load_llava, load_processor
+from dcr_mllm.llava_names import part_of
 from stage2_llava.export_llava import export_original, export_tower, export_transformers4, main
-from stage2_llava.legacy import part_of, text_config, write_tokenizer
+from stage2_llava.legacy import text_config, write_tokenizer
 from stage2_llava.swap import swap
 from tests.tiny_models import save_tiny_clip
 
