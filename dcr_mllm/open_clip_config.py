@@ -160,8 +160,8 @@ def _timm_model(vision: PreTrainedConfig, source: Path, shapes: Mapping[str, tup
 
     found: list[str] = []
     for name in timm.list_models("*siglip*", exclude_filters=["*gap*", "naflex*"]):
-        side = timm.get_pretrained_cfg(name).input_size[-1]
-        if side != vision.image_size or f"patch{vision.patch_size}_" not in name:
+        known = timm.get_pretrained_cfg(name)
+        if known is None or known.input_size[-1] != vision.image_size or f"patch{vision.patch_size}_" not in name:
             continue
         with torch.device("meta"):
             trunk = timm.create_model(name, num_classes=0, global_pool="map")

@@ -85,11 +85,11 @@ def export_open_clip(
                     f"open_clip's model differs from {tower} by {difference:.1e}, more than {TOLERANCE:.0e}"
                     + (f"; is it a {architecture} (with -quickgelu or without)?" if architecture else "")
                 )
-            name = config["vision_cfg"].get("timm_model_name") or architecture
             if not allow_activation:
+                theirs = config["vision_cfg"].get("timm_model_name", architecture)
                 raise UserError(
-                    f"open_clip's {name} computes the exact GELU, {tower} has its tanh approximation: features would "
-                    f"differ by {difference:.1e}; --allow-activation exports it all the same, as open_clip's own "
+                    f"open_clip's {theirs} computes the exact GELU, {tower} has its tanh approximation: features "
+                    f"would differ by {difference:.1e}; --allow-activation exports it all the same, as open_clip's own "
                     "repositories of SigLIP are"
                 )
         facts = {"path": str(tower), "sha256": hash_directory(tower), "architecture": architecture}

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dcr_mllm.errors import UserError
-from dcr_mllm.open_clip_config import _ratio
+from dcr_mllm.open_clip_config import _ratio, tower_config
 from dcr_mllm.open_clip_export import CONFIG_FILE, WEIGHT_FILE, export_open_clip, main
-from dcr_mllm.open_clip_names import to_hugging_face
+from dcr_mllm.open_clip_names import to_hugging_face, to_open_clip
 from tests.tiny_models import save_tiny_clip
 
 TEXTS = ["a photo of a red circle", "It's two dogs!", "left"]
@@ -218,6 +218,62 @@ def test_a_tower_in_several_types_keeps_them(tmp_path: Path):
     stored = load_file(export_open_clip(tower, tmp_path / "out") / WEIGHT_FILE)
     assert stored["visual.proj"].dtype == torch.float16
     assert stored["visual.transformer.resblocks.0.attn.in_proj_weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("image", "patch", "width", "layers", "heads", "inner", "expected"),
+    [
+        (224, 14, 1152, 27, 16, 4304, "vit_so400m_patch14_siglip_224"),
+        (384, 14, 1152, 27, 16, 4304, "vit_so400m_patch14_siglip_384"),
+        (384, 16, 1152, 27, 16, 4304, "vit_so400m_patch16_siglip_384"),
+        (224, 16, 768, 12, 12, 3072, "vit_base_patch16_siglip_224"),
+        (256, 32, 768, 12, 12, 3072, "vit_base_patch32_siglip_256"),
+        (384, 16, 1024, 24, 16, 4096, "vit_large_patch16_siglip_384"),
+    ],
+)
+def test_real_siglips_are_found_in_timm_by_their_shapes(
+    tmp_path: Path, image: int, patch: int, width: int, layers: int, heads: int, inner: int, expected: str
+):
+    from transformers import SiglipConfig, SiglipModel
+
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+    }
+    config = SiglipConfig(text_config=sizes, vision_config={**sizes, "image_size": image, "patch_size": patch})
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        state = to_open_clip(SiglipModel(config).state_dict(), "siglip")
+    found = tower_config(tmp_path, {name: tuple(value.shape) for name, value in state.items()})
+    assert found["vision_cfg"]["timm_model_name"] == expected
+
+
+@pytest.mark.parametrize("name", ["ViT-L-14-336-quickgelu", "ViT-L-14", "ViT-H-14-quickgelu", "ViT-B-32-quickgelu"])
+def test_real_clips_are_described_as_open_clip_does(tmp_path: Path, name: str):
+    """The OpenAI and MetaCLIP towers, from the config that their Hugging Face repositories have."""
+    import open_clip
+    from transformers import CLIPConfig
+
+    theirs = open_clip.get_model_config(name)
+    vision, text = theirs["vision_cfg"], theirs["text_cfg"]
+    activation = {"hidden_act": "quick_gelu" if theirs.get("quick_gelu") else "gelu"}
+    head = vision.get("head_width", 64)
+    CLIPConfig(
+        projection_dim=theirs["embed_dim"],
+        vision_config={
+            **activation, "hidden_size": vision["width"], "intermediate_size": 4 * vision["width"],
+            "num_hidden_layers": vision["layers"], "num_attention_heads": vision["width"] // head,
+            "image_size": vision["image_size"], "patch_size": vision["patch_size"],
+        },
+        text_config={
+            **activation, "hidden_size": text["width"], "intermediate_size": 4 * text["width"],
+            "num_hidden_layers": text["layers"], "num_attention_heads": text["heads"], "eos_token_id": 2,
+        },
+    ).save_pretrained(tmp_path)  # fmt: skip
+    vision["head_width"] = head
+    assert tower_config(tmp_path, {}) == theirs
 
 
 @pytest.mark.parametrize(("width", "inner"), [(1152, 4304), (1664, 8192), (768, 3072), (32, 64), (1280, 5120)])

@@ -60,7 +60,8 @@ def front(card: bytes) -> dict[str, Any]:
 def test_nothing_of_the_machine_and_of_training_leaves(tower: Path):
     files, left = uploads(tower, "me/tower")
     assert {u.name for u in files} == {
-        "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "provenance.json", "tokenizer.json",
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "provenance.json",
+        "tokenizer.json",
     }  # fmt: skip
     assert set(left) == {"optimizer.pt", "trainer_state.json", "training_args.bin", "rng_state.pth", ".cache/x.json"}
     contents = sent(tower)
