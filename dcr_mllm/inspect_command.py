@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr_mllm.cli import run_main
+from dcr_mllm.errors import UserError
 from dcr_mllm.fits import pairs
 from dcr_mllm.headers import resolve_weights
 from dcr_mllm.inspection import inspect, kind_of
@@ -62,8 +63,16 @@ def _number(count: int) -> str:
 
 
 def _resolve(text: str) -> Path:
-    """A directory, or the cached snapshot behind an id."""
-    return Path(text) if Path(text).is_dir() else resolve_weights(text, "tower")
+    """A directory, or the cached snapshot behind an id, be it of a model or of a Stable Diffusion."""
+    if Path(text).is_dir():
+        return Path(text)
+    try:
+        return resolve_weights(text, "tower")
+    except UserError as error:
+        try:
+            return resolve_weights(text, "denoiser")
+        except UserError:
+            raise error from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -125,12 +125,14 @@ def _is_record(value: Any) -> bool:
 
 
 def _inherited_license(origins: list[str]) -> str:
+    """The license that the cards of all bases state, where they lie on this machine and agree."""
     stated = set()
     for path in origins:
         card = Path(path) / "README.md"
         found = _FRONT.match(card.read_text(encoding="utf-8")) if card.is_file() else None
-        metadata = yaml.safe_load(found[1]) if found else {}
-        stated.add(metadata.get("license") if isinstance(metadata, dict) else None)
+        metadata = yaml.safe_load(found[1]) if found else None
+        license_id = metadata.get("license") if isinstance(metadata, dict) else None
+        stated.add(license_id if isinstance(license_id, str) else None)
     return next(iter(stated)) or "unknown" if len(stated) == 1 else "unknown"
 
 

@@ -202,9 +202,7 @@ def _hugging_face_names(tensors: dict[str, Tensor], layout: str) -> dict[str, Te
     kept = {
         name: value for name, value in tensors.items() if name not in _SCALARS and not name.endswith("position_ids")
     }
-    if layout == "OpenAI":
-        return to_hugging_face(kept)
-    return to_hugging_face(kept) if layout == "open_clip with timm" else kept
+    return kept if layout == "Hugging Face" else to_hugging_face(kept)
 
 
 def _empty_model(skeleton: Path) -> Any:
