@@ -18,9 +18,10 @@ from dcr_mllm.headers import read_json, resolve_weights
 from dcr_mllm.log import get_logger
 from dcr_mllm.open_clip_names import to_hugging_face
 from dcr_mllm.runs import PROVENANCE_FILE, atomic_directory, sha256_file, write_json_atomic
+from dcr_mllm.siglip_names import empty_siglip
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, PreTrainedModel, SiglipModel
+    from transformers import CLIPModel, PreTrainedModel
 
 logger = get_logger(__name__)
 
@@ -63,7 +64,7 @@ def import_open_clip(
     length = config["text_cfg"].get("context_length", 77)
     tokenizer = _tokenizer(length) if base is None else _tokenizer_of(base, config["text_cfg"]["vocab_size"], length)
     source = open_clip.create_model(architecture, pretrained=str(checkpoint), precision="fp32").eval()
-    model: PreTrainedModel = _empty_siglip(source, config) if is_siglip else _empty_clip(config, tokenizer)
+    model: PreTrainedModel = empty_siglip(source, config) if is_siglip else _empty_clip(config, tokenizer)
     missing, unexpected = model.load_state_dict(to_hugging_face(source.state_dict()), strict=False)
     wrong = [name for name in missing if not name.endswith("position_ids")] + list(unexpected)
     if wrong:
@@ -91,13 +92,11 @@ def output_difference(source: Any, model: PreTrainedModel, num_inputs: int = 4) 
     pixels = torch.randn(num_inputs, 3, size, size, generator=generator)
     text = model.config.text_config
     length = text.max_position_embeddings
-    if model.config.model_type == "clip":  # reads the end token, wherever it is; the id 2 in old configs is not it
-        end = text.eos_token_id if text.eos_token_id != 2 else text.vocab_size - 1
-        ids = torch.randint(1, end - 1, (num_inputs, length), generator=generator)
+    ids = torch.randint(1, text.vocab_size - 2, (num_inputs, length), generator=generator)
+    if model.config.model_type == "clip":  # reads the end token, wherever it is; SigLIP reads the last position
         ids[:, 0], ids[:, length // 2 :] = text.bos_token_id, 0
-        ids[:, length // 2] = end
-    else:  # SigLIP reads the last position of a full text
-        ids = torch.randint(1, text.vocab_size, (num_inputs, length), generator=generator)
+        # Old configs say 2 and mean the highest id.
+        ids[:, length // 2] = text.eos_token_id if text.eos_token_id != 2 else text.vocab_size - 1
     pairs = [
         (source.encode_image(pixels), model.get_image_features(pixel_values=pixels).pooler_output),
         (source.encode_text(ids), model.get_text_features(input_ids=ids).pooler_output),
@@ -167,42 +166,6 @@ def _empty_clip(config: dict[str, Any], tokenizer: Any) -> CLIPModel:
                 "bos_token_id": tokenizer.bos_token_id,
                 "eos_token_id": tokenizer.eos_token_id,
                 "pad_token_id": tokenizer.pad_token_id,
-            },
-        )
-    )
-
-
-def _empty_siglip(source: Any, config: dict[str, Any]) -> SiglipModel:
-    """A `SiglipModel` of an open_clip model's shape, with that model's activations (timm's are the exact GELU)."""
-    from transformers import SiglipConfig, SiglipModel
-
-    trunk, text = source.visual.trunk, config["text_cfg"]
-    approximate = (text.get("act_kwargs") or {}).get("approximate") == "tanh"
-    return SiglipModel(
-        SiglipConfig(
-            vision_config={
-                "hidden_size": trunk.embed_dim,
-                "intermediate_size": trunk.blocks[0].mlp.fc1.out_features,
-                "num_hidden_layers": len(trunk.blocks),
-                "num_attention_heads": trunk.blocks[0].attn.num_heads,
-                "image_size": source.visual.image_size[0],
-                "patch_size": trunk.patch_embed.patch_size[0],
-                "hidden_act": "gelu",
-                "layer_norm_eps": trunk.norm.eps,
-            },
-            text_config={
-                "hidden_size": text["width"],
-                "intermediate_size": int(text["width"] * text.get("mlp_ratio", 4.0)),
-                "num_hidden_layers": text["layers"],
-                "num_attention_heads": text["heads"],
-                "max_position_embeddings": text["context_length"],
-                "vocab_size": text["vocab_size"],
-                "projection_size": config["embed_dim"],
-                "hidden_act": "gelu_pytorch_tanh" if approximate else "gelu",
-                "layer_norm_eps": (text.get("norm_kwargs") or {}).get("eps", 1e-5),
-                "pad_token_id": 1,
-                "bos_token_id": None,
-                "eos_token_id": 1,
             },
         )
     )

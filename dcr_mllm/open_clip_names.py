@@ -62,8 +62,6 @@ _BLOCKS = {
     ("clip", "text"): ("transformer.resblocks", _OPEN_CLIP_BLOCK, "attn.in_proj_"),
     ("siglip", "text"): ("transformer.resblocks", _OPEN_CLIP_BLOCK, "attn.in_proj_"),
 }
-TIMM_ANCHOR = "visual.trunk.patch_embed.proj.weight"
-"""The tensor by which a timm image side is known."""
 _POOL, _HEAD = "visual.trunk.attn_pool.", "vision_model.head.attention.in_proj_"
 # CLIP's projections are bare matrices, applied from the right.
 _TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
@@ -77,10 +75,9 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         if name.startswith((f"{_POOL}q.", f"{_POOL}kv.")):
             kind = name.rpartition(".")[2]
-            parts = (
-                state.get(f"{_POOL}{part}.{kind}", value[:0]) for part in ("q", "kv")
-            )  # one missing: a wrong shape
-            converted[_HEAD + kind] = torch.cat(list(parts))
+            # A file that lacks one of them gives a tensor of the wrong shape, which the model then names.
+            halves = [state[part] for part in (f"{_POOL}q.{kind}", f"{_POOL}kv.{kind}") if part in state]
+            converted[_HEAD + kind] = torch.cat(halves)
         elif family == "clip" and name in _TRANSPOSED:
             converted[_TRANSPOSED[name]] = value.T
         elif not _block_to_hugging_face(name, value, family, converted):

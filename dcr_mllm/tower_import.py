@@ -20,8 +20,9 @@ from torch import Tensor
 from dcr_mllm.cli import run_main
 from dcr_mllm.errors import UserError
 from dcr_mllm.headers import TOWER_TYPES, read_json, resolve_weights, tower_summary
-from dcr_mllm.open_clip_names import TIMM_ANCHOR, to_hugging_face
+from dcr_mllm.open_clip_names import to_hugging_face
 from dcr_mllm.runs import PROVENANCE_FILE, atomic_directory, hash_directory, sha256_file, write_json_atomic
+from dcr_mllm.siglip_names import ANCHOR as TIMM_ANCHOR
 
 # The tensor that tells a layout; whatever stands before it is what the weights were wrapped in.
 _ANCHORS = {
