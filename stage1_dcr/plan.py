@@ -171,12 +171,14 @@ def measured_images_per_second(config: Stage1Config, num_processes: int = 1) -> 
     import torch
 
     from dcr_mllm.launch import decide
+    from stage1_dcr.hardware import prepare_denoiser
     from stage1_dcr.plan_step import PlannedStep
 
     here = dataclasses.replace(decide(config.precision, "none"), num_processes=num_processes)
     device = torch.device(here.device)
     phase: Phase = "tower" if config.tower_steps else "projector"
     step = PlannedStep.build(config, here, phase)
+    prepare_denoiser(step.denoiser, config.hardware)
     step.to(device)
     best = math.inf
     for _ in range(_MEASURED_STEPS):  # the first one warms up
