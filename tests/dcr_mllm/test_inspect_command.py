@@ -63,11 +63,12 @@ def test_a_tower(tmp_path: Path):
 def test_what_contradicts_itself_is_a_problem(tmp_path: Path):
     tower = write_tower(tmp_path / "tower")
     write_json(tower / "tokenizer.json", {"model": {"vocab": {"a": 0, "b": 10}}})
+    assert inspect(tower)["problems"] == ["the tokenizer goes up to id 10, the embedding has 10 rows"]
+    # A full tower of this kind is refused outright.
+    config = read_json(tower / "config.json")
+    write_json(tower / "config.json", {**config["vision_config"], "model_type": "clip_vision_model"})
     write_json(tower / "preprocessor_config.json", {**read_json(tower / "preprocessor_config.json"), "size": 64})
-    assert inspect(tower)["problems"] == [
-        "preprocessor_config.json makes images of 64 px, the tower takes 32",
-        "the tokenizer goes up to id 10, the embedding has 10 rows",
-    ]
+    assert inspect(tower)["problems"][0] == "preprocessor_config.json makes images of 64 px, the tower takes 32"
     denoiser = write_denoiser(tmp_path / "denoiser")
     write_json(denoiser / "text_encoder/config.json", {"hidden_size": 16})
     assert "width 12, the text encoder gives 16" in inspect(denoiser)["problems"][0]
