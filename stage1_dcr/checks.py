@@ -62,8 +62,20 @@ def preflight(config: Any) -> list[str]:
     if config.projector is not None:
         check_projector(config.projector, tower.width, denoiser.cross_attention_dim)
     notes += check_data(config.data)
+    notes += ignored_settings(config)
     notes += known_defects(config, tower, denoiser)
     deepspeed_file(config.deepspeed)
+    return notes
+
+
+def ignored_settings(config: Any) -> list[str]:
+    """Notes settings that no phase of this config reads."""
+    phases = [(config.projector_steps, config.projector_objective), (config.tower_steps, config.tower_objective)]
+    notes = []
+    if config.negatives != "local" and not any(steps and objective == "dcr" for steps, objective in phases):
+        notes.append(f"note: negatives {config.negatives} is ignored, since no phase trains with the objective dcr")
+    if config.keep_close and not config.tower_steps:
+        notes.append("note: keep_close is ignored, since it belongs to the tower phase, which has no steps")
     return notes
 
 

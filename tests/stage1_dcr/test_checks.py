@@ -35,6 +35,12 @@ class Config:
     deepspeed: str = "auto"
     prediction_type: str | None = None
     normalisation: str = "tower"
+    negatives: str | int = "local"
+    keep_close: float = 0.0
+    projector_steps: int = 10
+    tower_steps: int = 10
+    projector_objective: str = "dcr"
+    tower_objective: str = "dcr"
     views: ViewConfig = dataclasses.field(default_factory=ViewConfig)
 
 
@@ -68,6 +74,18 @@ def test_good_config_passes_and_says_what_it_found(config: Config, tmp_path: Pat
     assert "clip, 32 px, patch 8, 2 layers x 8, embedding 6" in notes
     assert "predicts epsilon" in notes and "latents 8 x 8" in notes
     assert "note:" not in notes
+
+
+def test_settings_that_no_phase_reads_are_named(config: Config) -> None:
+    def ignored(**changes: object) -> list[str]:
+        return [note for note in preflight(dataclasses.replace(config, **changes)) if "ignored" in note]  # type: ignore[arg-type]
+
+    assert not ignored(negatives="global", projector_objective="reconstruction", keep_close=1.0)
+    plain = {"projector_objective": "reconstruction", "tower_objective": "reconstruction"}
+    assert "negatives 31 is ignored" in ignored(negatives=31, **plain)[0]
+    assert "negatives global" in ignored(negatives="global", tower_steps=0, projector_objective="reconstruction")[0]
+    assert "keep_close is ignored" in ignored(keep_close=1.0, tower_steps=0)[0]
+    assert not ignored(**plain)
 
 
 def test_one_image_has_no_negatives(config: Config) -> None:
