@@ -8,16 +8,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from dcr_mllm.denoiser_headers import DenoiserSummary, denoiser_summary
 from dcr_mllm.errors import UserError
-from dcr_mllm.headers import (
-    DenoiserSummary,
-    TowerSummary,
-    denoiser_summary,
-    read_json,
-    read_safetensors_header,
-    read_weights,
-    tower_summary,
-)
+from dcr_mllm.headers import TowerSummary, read_json, read_safetensors_header, read_weights, tower_summary
 from dcr_mllm.llava_headers import check_swap, llava_summary, llm_summary, vision_summary
 from dcr_mllm.llava_names import part_of
 

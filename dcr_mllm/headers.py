@@ -28,7 +28,6 @@ _ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-DENOISER_PARTS = ("vae", "unet", "scheduler", "text_encoder", "tokenizer")
 # What `model_type` may be, and whether such a tower's image side begins with a class token.
 CLASS_TOKEN = {"clip": True, "metaclip_2": True, "siglip": False}
 TOWER_TYPES = tuple(CLASS_TOKEN)
@@ -69,34 +68,6 @@ class TowerSummary:
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
     has_text_side: bool
-    num_parameters: int
-
-
-@dataclasses.dataclass(kw_only=True, frozen=True)
-class DenoiserSummary:
-    """A Stable Diffusion directory.
-
-    Attributes:
-        cross_attention_dim: width of the conditions the UNet takes.
-        text_width: width of the text encoder's output.
-        prediction_type: what the UNet predicts, from its scheduler.
-        latent_channels: channels of the VAE's latents.
-        vae_scale: pixels per latent cell and side.
-        unet_scale: by how much the UNet shrinks the latents on its way down.
-        variant: `fp16` where the UNet only has weights of that variant, else None.
-        addition_embed_type: set for SDXL-like UNets, which need more conditions than one text encoder gives.
-        num_parameters: stored numbers of the UNet.
-    """
-
-    path: Path
-    cross_attention_dim: int
-    text_width: int
-    prediction_type: str
-    latent_channels: int
-    vae_scale: int
-    unet_scale: int
-    variant: str | None
-    addition_embed_type: str | None
     num_parameters: int
 
 
@@ -319,7 +290,7 @@ def tower_summary(directory: str | os.PathLike[str]) -> TowerSummary:
         for part in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2", "layer_norm2"):
             _expect(tensors, f"vision_model.encoder.layers.{layer}.{part}.weight", None, source)
     text_side = any(name.startswith("text_model.") for name in tensors)
-    if text_side and not _has_tokenizer(directory):
+    if text_side and not has_tokenizer(directory):
         # transformers makes an empty vocabulary of a missing one, without a word.
         raise UserError(
             f"{directory / 'tokenizer.json'} is missing (nor are there vocab.json and merges.txt, or spiece.model)"
@@ -335,64 +306,7 @@ def tower_summary(directory: str | os.PathLike[str]) -> TowerSummary:
         image_mean=mean,
         image_std=std,
         has_text_side=text_side,
-        num_parameters=_count(tensors),
-    )
-
-
-def denoiser_summary(directory: str | os.PathLike[str]) -> DenoiserSummary:
-    """Reads a Stable Diffusion directory and checks that it is whole.
-
-    Raises:
-        UserError: a part is missing or damaged, or the parts do not fit each other.
-    """
-    directory = Path(directory)
-    for part in DENOISER_PARTS:
-        if not (directory / part).is_dir():
-            raise UserError(
-                f"denoiser directory {directory} lacks its {part}/ folder (needed: {', '.join(DENOISER_PARTS)})"
-            )
-    vae, unet, text = (read_json(directory / part / "config.json") for part in ("vae", "unet", "text_encoder"))
-    scheduler = read_json(directory / "scheduler" / "scheduler_config.json")
-    if not _has_tokenizer(directory / "tokenizer"):
-        raise UserError(
-            f"{directory / 'tokenizer' / 'tokenizer.json'} is missing (nor are there vocab.json and merges.txt)"
-        )
-    tensors = {part: read_weights(directory / part) for part in ("vae", "unet", "text_encoder")}
-    cross = unet.get("cross_attention_dim", 1280)
-    if isinstance(cross, list):
-        if len(set(cross)) != 1:
-            raise UserError(
-                f"{directory / 'unet' / 'config.json'} has several cross_attention_dim {cross}, expected one"
-            )
-        cross = cross[0]
-    if cross is None:
-        raise UserError(
-            f"{directory / 'unet' / 'config.json'} has no cross_attention_dim: this UNet takes no conditions"
-        )
-    # The stored key matrices are the truth: a config edited by hand must not get past this point.
-    keys = {header.shape[1] for name, header in tensors["unet"].items() if name.endswith("attn2.to_k.weight")}
-    if keys != {cross}:
-        raise UserError(
-            f"{directory / 'unet'} says cross_attention_dim {cross} in config.json, but its weights take "
-            f"{', '.join(map(str, sorted(keys))) or 'no conditions'}"
-        )
-    latent = int(vae.get("latent_channels", 4))
-    if (taken := int(unet.get("in_channels", 4))) != latent:
-        raise UserError(
-            f"{directory / 'unet'} takes {taken} channels, but the VAE's latents have {latent}; "
-            "inpainting, depth and upscaling models cannot be used"
-        )
-    return DenoiserSummary(
-        path=directory,
-        cross_attention_dim=int(cross),
-        text_width=int(text.get("hidden_size", 512)),
-        prediction_type=str(scheduler.get("prediction_type", "epsilon")),
-        latent_channels=latent,
-        vae_scale=2 ** (len(vae.get("block_out_channels", [64])) - 1),
-        unet_scale=2 ** (len(unet.get("block_out_channels", [320, 640, 1280, 1280])) - 1),
-        variant="fp16" if "fp16" in weight_file(directory / "unet").name else None,
-        addition_embed_type=unet.get("addition_embed_type"),
-        num_parameters=_count(tensors["unet"]),
+        num_parameters=count(tensors),
     )
 
 
@@ -442,7 +356,8 @@ def _image_statistics(directory: Path, image_size: int) -> tuple[tuple[float, ..
     return mean, std
 
 
-def _has_tokenizer(directory: Path) -> bool:
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds the files of some tokenizer."""
     names = {file.name for file in directory.iterdir()} if directory.is_dir() else set()
     return bool({"tokenizer.json", "spiece.model", "tokenizer.model"} & names) or {"vocab.json", "merges.txt"} <= names
 
@@ -454,7 +369,8 @@ def _expect(tensors: dict[str, TensorHeader], name: str, shape: tuple[int, ...] 
         raise UserError(f"{source} has {name} of shape {list(tensors[name].shape)}, its config.json says {list(shape)}")
 
 
-def _count(tensors: dict[str, TensorHeader]) -> int:
+def count(tensors: dict[str, TensorHeader]) -> int:
+    """Stored numbers of all tensors."""
     return sum(math.prod(header.shape) for header in tensors.values())
 
 

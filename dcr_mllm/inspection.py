@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dcr_mllm.denoiser_headers import DENOISER_PARTS, denoiser_summary
 from dcr_mllm.errors import UserError
 from dcr_mllm.headers import (
-    DENOISER_PARTS,
     TOWER_TYPES,
     TensorHeader,
-    denoiser_summary,
     read_json,
     read_safetensors_header,
     read_weights,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from dcr_mllm.errors import UserError
-from dcr_mllm.headers import TensorHeader, read_json, read_weights, weight_file
+from dcr_mllm.headers import TensorHeader, count, read_json, read_weights, weight_file
 
 VISION_TYPES = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 """Vision part of every kind of tower, which is also what its vision-only directories are called."""
@@ -175,7 +174,7 @@ def llm_summary(directory: str | os.PathLike[str]) -> LlmSummary:
         hidden_size=embedding.shape[1],
         vocab_size=embedding.shape[0],
         num_layers=len(blocks),
-        num_parameters=_count(tensors),
+        num_parameters=count(tensors),
     )
 
 
@@ -277,7 +276,3 @@ def check_swap(llava: LlavaSummary, tower: VisionSummary) -> None:
                 f"tensor {own} is {list(header.shape)} in {llava.path} and {list(tower.tensors[own].shape)} in "
                 f"{tower.path}; {advice}"
             )
-
-
-def _count(tensors: dict[str, TensorHeader]) -> int:
-    return sum(math.prod(header.shape) for header in tensors.values())

@@ -13,15 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dcr_mllm.denoiser_headers import DenoiserSummary, denoiser_summary
 from dcr_mllm.errors import UserError
 from dcr_mllm.fits import check_projector, check_sizes
-from dcr_mllm.headers import (
-    DenoiserSummary,
-    TowerSummary,
-    denoiser_summary,
-    resolve_weights,
-    tower_summary,
-)
+from dcr_mllm.headers import TowerSummary, resolve_weights, tower_summary
 from dcr_mllm.launch import deepspeed_file
 from dcr_mllm.patterns import expand_braces
 from stage1_dcr.profiles import OPENAI_MEAN, OPENAI_STD, known_defects

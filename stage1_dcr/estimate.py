@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from dcr_mllm.headers import denoiser_summary
+from dcr_mllm.denoiser_headers import denoiser_summary
 from dcr_mllm.plan import duration
 from stage1_dcr.step import Phase
 from stage1_dcr.train import Stage1, prepare

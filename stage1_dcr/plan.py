@@ -114,7 +114,8 @@ class Memory:
 
     def rows(self, config: Stage1Config) -> int:
         """Rows of the grid in memory at a time, in a config of these models."""
-        from dcr_mllm.headers import denoiser_summary, resolve_weights, tower_summary
+        from dcr_mllm.denoiser_headers import denoiser_summary
+        from dcr_mllm.headers import resolve_weights, tower_summary
         from stage1_dcr.objective import auto_rows_per_chunk
 
         if config.rows_per_chunk != "auto":

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dcr_mllm.headers import DenoiserSummary, TowerSummary
+    from dcr_mllm.denoiser_headers import DenoiserSummary
+    from dcr_mllm.headers import TowerSummary
     from stage1_dcr.config import Stage1Config
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dcr_mllm.headers import denoiser_summary, resolve_weights, tower_summary
+from dcr_mllm.denoiser_headers import denoiser_summary
+from dcr_mllm.headers import resolve_weights, tower_summary
 from dcr_mllm.launch import Launch
 from dcr_mllm.log import get_logger, rank
 from dcr_mllm.runs import PROVENANCE_FILE, Run, atomic_directory, hash_directory, provenance, write_json_atomic

@@ -9,15 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dcr_mllm.denoiser_headers import denoiser_summary
 from dcr_mllm.errors import UserError
-from dcr_mllm.headers import (
-    denoiser_summary,
-    read_safetensors_header,
-    read_weights,
-    resolve_weights,
-    tower_summary,
-    weight_file,
-)
+from dcr_mllm.headers import read_safetensors_header, read_weights, resolve_weights, tower_summary, weight_file
 from tests.fake_models import (
     OPENAI_MEAN,
     tower_tensors,

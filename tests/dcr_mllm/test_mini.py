@@ -114,7 +114,8 @@ def test_training_shards_are_drawn_once(tmp_path: Path):
 
 def test_build_from_nothing(tmp_path: Path):
     """Fifty steps of everything: layouts load, losses fall, the card says what was done."""
-    from dcr_mllm.headers import denoiser_summary, tower_summary
+    from dcr_mllm.denoiser_headers import denoiser_summary
+    from dcr_mllm.headers import tower_summary
     from dcr_mllm.mini import build
 
     build.build_tower(tmp_path, steps=40, detail_steps=10)

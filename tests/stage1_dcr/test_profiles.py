@@ -10,7 +10,8 @@ import yaml
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-from dcr_mllm.headers import denoiser_summary, tower_summary
+from dcr_mllm.denoiser_headers import denoiser_summary
+from dcr_mllm.headers import tower_summary
 from stage1_dcr.__main__ import main, parse
 from stage1_dcr.config import Stage1Config
 from stage1_dcr.profiles import OPENAI_MEAN, OPENAI_STD, known_defects

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcr_mllm.headers import denoiser_summary
+from dcr_mllm.denoiser_headers import denoiser_summary
 from stage1_dcr.checks import check_denoiser
 from stage1_dcr.denoiser import Denoiser
 from tests.standin_denoisers import MODELS, save_denoiser
