@@ -336,4 +336,6 @@ def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()  # as YAML has it
     return value if isinstance(value, str) and value and value.isprintable() and " " not in value else repr(value)

@@ -85,7 +85,7 @@ def test_learning_rates_as_people_write_them(text: str) -> None:
         ("tower_steps=many", "command line: tower_steps is many, expected an integer"),
         ("tower_steps=1.5", "command line: tower_steps is 1.5, expected an integer"),
         ("tower_steps='5'", "command line: tower_steps is 5, expected an integer"),
-        ("tower_steps=true", "command line: tower_steps is True, expected an integer"),
+        ("tower_steps=true", "command line: tower_steps is true, expected an integer"),
         ("tower_steps=-1", "command line: tower_steps must not be negative, found -1"),
         ("rows=x", "command line: rows is x, expected an integer or 'auto'"),
         ("flip=1", "command line: flip is 1, expected a boolean"),

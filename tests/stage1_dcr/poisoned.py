@@ -18,15 +18,15 @@ def poison(rank: int, number: int) -> None:
         loader = real(data, **arguments)
         if arguments["rank"] != rank:
             return loader
-        checked = loader._checked
+        made = loader._batches
 
-        def batches(inner: Iterator[Any]) -> Iterator[Any]:
-            for index, batch in enumerate(checked(inner)):
+        def batches(chunks: Iterator[Any]) -> Iterator[Any]:
+            for index, batch in enumerate(made(chunks)):
                 if index == number:
                     batch["noise"][1, 0, 0, 0] = float("inf")
                 yield batch
 
-        loader._checked = batches
+        loader._batches = batches
         return loader
 
     train.make_loader = make_loader
