@@ -76,6 +76,7 @@ def test_batches_come_through_the_prefetcher_where_it_is_asked_for(tmp_path: Pat
     from torch.utils.data import DataLoader
     from transformers import TrainingArguments
 
+    from stage1_dcr.config import Stage1Config
     from stage1_dcr.images import StreamPosition
 
     loader = DataLoader([1, 2])
@@ -87,6 +88,8 @@ def test_batches_come_through_the_prefetcher_where_it_is_asked_for(tmp_path: Pat
         metrics=Metrics(),
         metrics_file=tmp_path / "metrics.jsonl",
         phase="projector",
+        config=Stage1Config(tower="a", denoiser="b"),
+        replay="stage1_dcr.replay",
         prefetch=prefetch,
     )
     found = trainer.get_train_dataloader()
