@@ -22,7 +22,10 @@ from pathlib import Path
 import pytest
 import tomllib
 
+from dcr_mllm.evaluation import run as evaluation
+from dcr_mllm.runs import write_json_atomic
 from scripts import config_reference
+from tests.benchmarks import ROWS, write_copy_of
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -33,8 +36,21 @@ CLUSTER = ("scripts/cluster/torchrun_ssh.sh", "scripts/cluster/deepspeed_hostfil
 
 PARSED_ONLY = {"hf", "pip", "img2dataset", "git", "cd", "export", "apt-get", "tensorboard"}
 """Download, install, or somebody else's program."""
-WITH_STAND_INS = {"inspect", "plan", "to-safetensors", "swap"}
-"""Sub-commands that are run; the others only parse their arguments."""
+WITH_STAND_INS = {
+    "chat",
+    "export-llava",
+    "export-open-clip",
+    "import-tower",
+    "inspect",
+    "merge",
+    "plan",
+    "swap",
+    "to-safetensors",
+    "validate-instructions",
+}
+"""Sub-commands that are run; `push` is dry-run."""
+NOT_WITH_STAND_INS = ("--architecture", "--tokenizer", "--evaluation", "--base-model")
+"""Options whose values no tiny model has: such a command only parses its arguments, as import-open-clip does."""
 
 
 @dataclass(frozen=True)
@@ -102,41 +118,94 @@ def as_pickles(source: Path, target: Path) -> Path:
     return target
 
 
+def hub_folder(hub: Path, kind: str, repository: str) -> Path:
+    """Where the Hugging Face cache has the files of a repository."""
+    folder = hub / f"{kind}--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots").mkdir()
+    return folder / "snapshots" / ("0" * 40)
+
+
+def write_benchmarks(root: Path) -> None:
+    """All MLLM benchmarks in the cache, and drawn ones in `BENCHMARKS/`."""
+    from dcr_mllm.evaluation.mllm_tasks import TASKS
+    from dcr_mllm.mini import data as mini
+
+    for task in ROWS:
+        write_copy_of(task, root / "copies")
+        (root / "copies" / task).rename(hub_folder(root / "hub", "datasets", TASKS[task].repository))
+    drawn = root / "BENCHMARKS"
+    mini.write_mmvp(drawn / "mmvp", "test", 1)
+    mini.write_mmvp_vlm(drawn / "mmvp_vlm", "test", 1)
+    for task in ("zero_shot", "clustering"):
+        mini.write_labelled(drawn / task / "drawn", "test", num_train=20, num_test=20)
+    mini.write_captioned(drawn / "retrieval" / "drawn", "test", num_images=10)
+
+
+def write_finished_run(run: Path, tower: Path) -> None:
+    """A run of stage 1 with its tower and projector."""
+    from stage1_dcr.projector import Projector
+
+    Projector(24, 32).save(run / "projector")
+    shutil.copytree(tower, run / "tower")
+    (run / "tower" / "README.md").write_text("---\nlibrary_name: transformers\n---\n# A tower\n")
+    write_json_atomic(run / "tower" / "provenance.json", {"config": {"tower": "openai/clip-vit-large-patch14-336"}})
+
+
+def write_adapter(path: Path, llava: Path) -> None:
+    from dcr_mllm.llava import load_llava
+    from stage2_llava.config import InstructConfig
+    from stage2_llava.tuning import add_adapter
+
+    add_adapter(load_llava(llava), InstructConfig(lora_rank=4, lora_alpha=8), str(llava)).save_pretrained(path)
+
+
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A folder in which the paths of the pages exist, with a Hugging Face cache in `hub/`."""
-    from stage1_dcr.projector import Projector
+    import torch
+    from safetensors.torch import load_file
+
+    from dcr_mllm.open_clip_names import to_open_clip
     from tests.stage2_llava.data import write_data
 
     names = ("tiny_clip", "tiny_denoiser", "tiny_llava", "tiny_llama", "tiny_qwen", "tiny_shards")
     clip, denoiser, llava, llama, qwen, shards = map(request.getfixturevalue, names)
     root = tmp_path_factory.mktemp("stand-ins")
     data = write_data(root / "data")
-    run = "runs/openai-l14-336"
-    Projector(24, 32).save(root / run / "projector")
-    links = {
-        **dict.fromkeys(("TOWER", "BASE", "weights/openai-l14-336", f"{run}/tower"), clip),
-        "DENOISER": denoiser,
-        **dict.fromkeys(("LLAVA", "runs/mini/stage2/baseline/llava", "runs/mini/stage2/enhanced/llava"), llava),
-        "weights/vicuna-7b-v1.5": llama,
-        "weights/smollm2-135m-instruct": qwen,
-        **{f"CC3M/{number:05d}.tar": Path(shards).parent / "00000.tar" for number in range(332)},
-        "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json": data / "align.json",
-        "LLaVA-Pretrain/images": data / "images",
-        "LLaVA-Instruct/llava_v1_5_mix665k.json": data / "instruct.json",
-        "LLaVA-Instruct/images": data / "images",
-    }
+    write_benchmarks(root)
+    write_finished_run(root / "runs/openai-l14-336", clip)
+    write_adapter(root / "ADAPTER", llava)
+    torch.save(to_open_clip(load_file(clip / "model.safetensors"), "clip"), root / "DIVA.pt")
+    llavas = ("LLAVA", "OLD", "NEW", "A1", "A2", "A3", "B1", "B2", "B3")
+    arms = (f"runs/{run}/{arm}/llava" for run in ("mini/stage2", "llava-1.5-7b") for arm in ("baseline", "enhanced"))
+    towers = ("TOWER", "BASE", "weights/openai-l14-336", "towers/dcr-openai-l14-224", "towers/diva-openai-l14-224")
     hub = {
         "openai/clip-vit-large-patch14-336": as_pickles(clip, root / "pickles" / "clip"),
         "lmsys/vicuna-7b-v1.5": as_pickles(llama, root / "pickles" / "llama"),
         "openai/clip-vit-large-patch14": clip,
         "Manojb/stable-diffusion-2-1-base": denoiser,
     }
-    for repository, target in hub.items():
-        folder = root / "hub" / f"models--{repository.replace('/', '--')}"
-        (folder / "refs").mkdir(parents=True)
-        (folder / "refs" / "main").write_text("0" * 40)
-        links[str(folder.relative_to(root) / "snapshots" / ("0" * 40))] = target
+    links = {
+        **dict.fromkeys(towers, clip),
+        **dict.fromkeys((*llavas, *arms), llava),
+        "DENOISER": denoiser,
+        "DCR_DIR": root / "pickles" / "clip",
+        "weights/vicuna-7b-v1.5": llama,
+        "weights/smollm2-135m-instruct": qwen,
+        **{f"CC3M/{number:05d}.tar": Path(shards).parent / "00000.tar" for number in range(332)},
+        "DATA.json": data / "instruct.json",
+        "ROOT": data,
+        "PICTURE": data / "images" / "0.png",
+        "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json": data / "align.json",
+        "LLaVA-Pretrain/images": data / "images",
+        "LLaVA-Instruct/llava_v1_5_mix665k.json": data / "instruct.json",
+        "LLaVA-Instruct/images": data / "images",
+        "MMVP_VLM_DIR": root / "BENCHMARKS" / "mmvp_vlm",
+        "LABELLED_DIR": root / "BENCHMARKS" / "zero_shot" / "drawn",
+        **{str(hub_folder(root / "hub", "models", name).relative_to(root)): path for name, path in hub.items()},
+    }
     for name, target in links.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).symlink_to(target)
@@ -170,21 +239,16 @@ def test_command(command: Command, in_a_copy: None, monkeypatch: pytest.MonkeyPa
     elif head == "dcr-mllm":
         name, *arguments = arguments
         assert name in COMMANDS, f"dcr-mllm has no command {name}"
-        main = entry_point(COMMANDS[name])
-        if name in STAGES.values():
-            dry_run(name, arguments)
-        elif name in WITH_STAND_INS and arguments:
-            if name == "to-safetensors":
-                Path(arguments[1]).unlink()  # the stand-in of what it makes
-            assert main(arguments) == 0
-        elif arguments:
-            with only_parsing(monkeypatch):
-                main(arguments)
+        sub_command(name, arguments, monkeypatch)
     elif head == "python" and arguments[0] == "-m" and arguments[1] in STAGES.values():
         dry_run(arguments[1], arguments[2:])
+    elif head == "python" and arguments[:2] == ["-m", "dcr_mllm.evaluation.tower"]:
+        assert importlib.import_module(arguments[1]).main([*arguments[2:], "--seeds", "1"]) == 0
     elif head == "python" and arguments[0] == "-m":
         with only_parsing(monkeypatch):
             importlib.import_module(arguments[1]).main(arguments[2:])
+    elif head == "python" and arguments[0] == "eval/run.py":
+        assert evaluation.main([*arguments[1:], "--dry-run"]) == 0
     elif head == "python":
         monkeypatch.setattr(sys, "argv", arguments)
         with only_parsing(monkeypatch):
@@ -193,9 +257,26 @@ def test_command(command: Command, in_a_copy: None, monkeypatch: pytest.MonkeyPa
         assert head in PARSED_ONLY, f"no rule for {head}: add one"
 
 
+def sub_command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    main = entry_point(COMMANDS[name])
+    if name in STAGES.values():
+        dry_run(name, arguments)
+    elif not arguments:
+        return  # only its name is in the text
+    elif not set(NOT_WITH_STAND_INS).isdisjoint(arguments) or name not in {*WITH_STAND_INS, "push"}:
+        with only_parsing(monkeypatch):
+            main(arguments)
+    else:
+        monkeypatch.setattr("builtins.input", lambda *_: "")  # nothing more to ask
+        for made in arguments[1:2] if name in ("to-safetensors", "import-tower") else ():
+            Path(made).unlink(missing_ok=True)  # the stand-in of what it makes
+        assert main(arguments if name != "push" else [*arguments, "--dry-run"]) == 0
+
+
 def dry_run(stage: str, arguments: list[str]) -> None:
     if not any(word.startswith("run=") for word in arguments):  # away with the stand-ins of what it makes
-        shutil.rmtree("runs" if stage == "stage1_dcr" else "runs/mini/stage2", ignore_errors=True)
+        for made in ["runs"] if stage == "stage1_dcr" else ["runs/mini/stage2", "runs/llava-1.5-7b"]:
+            shutil.rmtree(made, ignore_errors=True)
     main = importlib.import_module(f"{stage}.__main__").main
     assert main([*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])]) == 0
 

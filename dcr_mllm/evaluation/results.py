@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -94,6 +94,16 @@ def load_tasks(config: EvalConfig, tasks: TaskNames) -> Loaded:
 
             check_loadable(tasks.other)
     return Loaded(mllm, tower)
+
+
+def what_is_asked(loaded: Loaded, other: Sequence[str]) -> list[str]:
+    """A line for each benchmark: how many questions or items of it each model would get."""
+    lines = [f"{data.name}: {len(data.table):,} questions" for data in loaded.mllm.values()]
+    for task in loaded.tower.values():
+        for name, settings in task.settings.items():
+            numbers = [f"{count:,} {key[len('num_') :]}" for key, count in settings.items() if key.startswith("num_")]
+            lines.append(f"{name}: {', '.join(numbers)}")
+    return [*lines, *(f"{name}: passed through to lmms-eval" for name in other)]
 
 
 def evaluate(

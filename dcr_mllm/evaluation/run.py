@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compare models that were asked under different conditions, and say which",
     )
+    parser.add_argument("--dry-run", action="store_true", help="check models and data, say what would be asked, stop")
     return parser
 
 
@@ -108,7 +109,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from dcr_mllm.evaluation.results import RESULTS_VERSION, TaskNames, evaluate, format_results, load_tasks
+    from dcr_mllm.evaluation.results import (
+        RESULTS_VERSION,
+        TaskNames,
+        evaluate,
+        format_results,
+        load_tasks,
+        what_is_asked,
+    )
 
     tasks = TaskNames.sorted_out([name.strip() for name in options.tasks.split(",") if name.strip()])
     if (options.limit is not None and options.limit < 1) or options.batch_size < 1:
@@ -137,6 +145,11 @@ def _run(options: argparse.Namespace) -> None:
     run = open_run(options.out.parent, config, option=option, create=False, ignore=("device",))
     if options.resume and run.state == "new":
         raise UserError(f"--resume: there is no evaluation in {options.out}; leave --resume out to start one")
+    if options.dry_run and run.state != "finished":
+        loaded = load_tasks(config, tasks)
+        print("\n".join([f"models: {', '.join(models)}", *what_is_asked(loaded, tasks.other)]))
+        print(f"results would go to {options.out} ({run.state})")
+        return
     if run.state == "finished":
         print(f"{options.out} is finished; for another evaluation choose another --out")
         results = read_results(options.out / "results.json", RESULTS_VERSION)

@@ -78,6 +78,21 @@ def test_models_are_compared_on_raw_answers(tmp_path: Path, two_llavas: list[Pat
     assert f"choose another name, e.g. --out {tmp_path}/out-2" in capsys.readouterr().err
 
 
+def test_dry_run_checks_everything_and_asks_nothing(
+    tmp_path: Path, two_llavas: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("dcr_mllm.evaluation.results.evaluate", None)
+    write_mmvp(tmp_path / "data")
+    arguments = ["--models", *map(str, two_llavas), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    assert main(["--tasks", "mmvp", "--limit", "7", *arguments, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "models: base, new" in printed and "mmvp: 6 questions" in printed.splitlines()
+    assert f"results would go to {tmp_path / 'out'} (new)" in printed
+    assert not (tmp_path / "out").exists()
+    assert main(["--tasks", "mmvp,pope", *arguments, "--dry-run"]) == 2
+    assert "pope" in capsys.readouterr().err
+
+
 def test_cut_images_count_as_wrong(tmp_path: Path, two_llavas: list[Path]):
     """lmms-eval makes Pillow take half an image for a whole one; what we read before and after it must not notice."""
     data = write_mmvp(tmp_path, num_pairs=2)
