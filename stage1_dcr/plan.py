@@ -74,7 +74,7 @@ def plan(config: Stage1Config, target: Target) -> Iterator[str]:
     flops = {n: unet_flops(config, launch, n) for n in set(samples.values())}
     yield "\n".join(
         f"UNet in a micro-step of the {phase} phase: {config.batch_size * n:,} samples, {flops[n] / 1e12:.3g} TFLOP "
-        f"forward and backward per process; {config.accumulation} micro-steps make a step"
+        f"forward and backward per process; micro-steps in a step: {config.accumulation}"
         for phase, n in samples.items()
     )
     speed, origin = target.throughput, "given"
