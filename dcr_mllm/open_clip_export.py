@@ -52,7 +52,7 @@ def export_open_clip(
 
     from dcr_mllm.open_clip_import import TOLERANCE, output_difference
     from dcr_mllm.open_clip_names import to_open_clip
-    from dcr_mllm.towers import load_full_model
+    from dcr_mllm.towers import load_full_model, stored_tensors
 
     tower = Path(tower)
     summary = tower_summary(tower)
@@ -61,7 +61,7 @@ def export_open_clip(
     if not summary.has_text_side:
         raise UserError(f"{tower} has no text side, which open_clip needs; give the full model with its text tower")
     try:
-        state = to_open_clip(_stored_tensors(tower), summary.model_type)
+        state = to_open_clip(stored_tensors(tower), summary.model_type)
     except KeyError as error:
         raise UserError(f"{tower} has the tensor {error.args[0]}, which open_clip's towers have not") from None
     shapes = {name: tuple(value.shape) for name, value in state.items()}
@@ -101,16 +101,6 @@ def export_open_clip(
         write_json_atomic(temporary / PROVENANCE_FILE, record)
         (temporary / "README.md").write_text(_card(difference, other is not None), encoding="utf-8")
     return Path(out)
-
-
-def _stored_tensors(tower: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
-    tensors: dict[str, Any] = {}
-    for source in sorted(tower.glob("*.safetensors")):
-        with safe_open(source, framework="pt") as file:
-            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
-    return tensors
 
 
 def _tokenizer_config(tower: Path, model_type: str) -> dict[str, Any]:

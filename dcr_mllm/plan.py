@@ -12,8 +12,10 @@ import argparse
 import dataclasses
 import importlib
 import itertools
+import math
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -250,6 +252,20 @@ def time_block(units: Mapping[str, int], per_second: float | None, what: str, or
         return f"time: give --throughput ({what} per second, the log's images_per_second) or --measure"
     times = ", ".join(f"{phase} {duration(count / per_second)}" for phase, count in units.items())
     return f"time at {per_second:.3g} {what} per second ({origin}): {times}"
+
+
+def fastest(run: Callable[[], object], device: str, repeats: int = 3) -> float:
+    """Seconds of the fastest of a few runs on `cuda` or `cpu`; the first one warms up."""
+    import torch
+
+    best = math.inf
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
 
 
 def duration(seconds: float) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dcr_mllm.cli import run_main
 from dcr_mllm.errors import UserError
@@ -67,15 +68,31 @@ def _new_name(name: str) -> str:
     return name.removesuffix(".bin") + ".safetensors"
 
 
-def _convert_file(file: Path, target: Path) -> None:
+def read_pickle(file: Path) -> Any:
+    """What a pickled weight file holds, read without running anything in it.
+
+    Raises:
+        UserError: It holds Python objects, or a program (TorchScript), or is damaged.
+    """
     import torch
-    from safetensors.torch import save_file
 
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{file} cannot be read as plain tensors: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        # TorchScript archives end here too: they are programs. OpenAI's own downloads are such.
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{file} cannot be read as plain tensors ({detail[:120]}); save its state_dict alone, with a library that "
+            "you trust it to"
+        ) from None
+
+
+def _convert_file(file: Path, target: Path) -> None:
+    from safetensors.torch import save_file
+    from torch import Tensor
+
+    state = read_pickle(file)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file} holds more than named tensors; a training checkpoint has to be unpacked first")
     save_file(_own_memory(state), target, metadata={"format": "pt"})
 

@@ -8,7 +8,6 @@ from, and every shape is checked against it. Pickles are read as plain tensors o
 from __future__ import annotations
 
 import argparse
-import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from dcr_mllm.headers import TOWER_TYPES, read_json, resolve_weights, tower_summ
 from dcr_mllm.open_clip_names import to_hugging_face
 from dcr_mllm.runs import PROVENANCE_FILE, atomic_directory, hash_directory, sha256_file, write_json_atomic
 from dcr_mllm.siglip_names import ANCHOR as TIMM_ANCHOR
+from dcr_mllm.to_safetensors import read_pickle
 
 # The tensor that tells a layout; whatever stands before it is what the weights were wrapped in.
 _ANCHORS = {
@@ -149,21 +149,12 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    data: Any
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
 
-            data = load_file(path)
-        else:
-            data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        # TorchScript archives end here too: they are programs. OpenAI's own downloads are such.
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} cannot be read as plain tensors ({detail[:120]}); save its state_dict alone, with a library that "
-            "you trust it to"
-        ) from None
+        data: Any = load_file(path)
+    else:
+        data = read_pickle(path)
     while isinstance(data, dict) and (wrapper := next((w for w in _WRAPPERS if isinstance(data.get(w), dict)), None)):
         data = data[wrapper]
     tensors = (

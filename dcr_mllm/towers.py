@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -183,12 +184,17 @@ def export_tower(base: str | Path, changed: dict[str, Tensor], out: Path) -> Non
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def vision_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The image side's tensors of a tower directory, full model or vision-only, without the prefix `vision_model.`."""
+def stored_tensors(path: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """Tensors by the names that are wanted, from the weight files of a directory that the libraries load, no others."""
     tensors: dict[str, Tensor] = {}
     for source in weight_files(path):
         with safe_open(source, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if not name.startswith(("text_model.", "text_projection", "visual_projection", "logit_")):
-                    tensors[name.removeprefix("vision_model.")] = file.get_tensor(name)
+            tensors.update({name: file.get_tensor(name) for name in file.keys() if wanted(name)})  # noqa: SIM118
     return tensors
+
+
+def vision_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The image side's tensors of a tower directory, full model or vision-only, without the prefix `vision_model.`."""
+    other = ("text_model.", "text_projection", "visual_projection", "logit_")
+    stored = stored_tensors(path, lambda name: not name.startswith(other))
+    return {name.removeprefix("vision_model."): value for name, value in stored.items()}

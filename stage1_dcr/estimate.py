@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from dcr_mllm.denoiser_headers import denoiser_summary
-from dcr_mllm.plan import duration
+from dcr_mllm.plan import duration, fastest
 from stage1_dcr.step import Phase
 from stage1_dcr.train import Stage1, prepare
-
-_REPEATS = 3
 
 
 def trainable_table(stage: Stage1) -> str:
@@ -41,15 +37,12 @@ def seconds_per_step(stage: Stage1) -> float:
     latents = torch.randn(1, *stage.latent_shape, device=device)
     timesteps = torch.full((1,), denoiser.num_train_timesteps // 2, device=device)
     samples_per_row = config.num_negatives(stage.launch.num_processes) + 2  # the anchor and its view
-    best = float("inf")
-    for _ in range(_REPEATS):  # the first one warms up
+
+    def row() -> None:
         conditions = torch.randn(1, samples_per_row, denoiser.cross_attention_dim, device=device, requires_grad=True)
-        started = time.perf_counter()
         denoiser.predict(latents, timesteps, conditions).float().square().mean().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best * config.batch_size * config.accumulation
+
+    return fastest(row, device.type) * config.batch_size * config.accumulation
 
 
 def time_table(stage: Stage1) -> str:

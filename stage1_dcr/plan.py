@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from dcr_mllm.plan import (
     Problem,
     Target,
     disk_block,
+    fastest,
     fits_block,
     gib,
     largest_that_fits,
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 CONFIG = Stage1Config
 CONFIGS = Path(__file__).parent / "configs"
-_MEASURED_STEPS = 3
 
 
 def plan(config: Stage1Config, target: Target) -> Iterator[str]:
@@ -181,14 +179,7 @@ def measured_images_per_second(config: Stage1Config, num_processes: int = 1) -> 
     step = PlannedStep.build(config, here, phase)
     prepare_denoiser(step.denoiser, config.hardware)
     step.to(device)
-    best = math.inf
-    for _ in range(_MEASURED_STEPS):  # the first one warms up
-        started = time.perf_counter()
-        step.run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return config.batch_size / best
+    return config.batch_size / fastest(step.run, device.type)
 
 
 def disk_parts(stage: Any, launch: Launch, phases: list[Phase]) -> dict[str, int]:

@@ -157,7 +157,7 @@ class Stage2Config:
     hardware: Stage2Hardware = field(default_factory=Stage2Hardware)
     """How the accelerator is used; see docs/gpu.md."""
     gradient_checkpointing: bool = True
-    """Of the language model: less memory for about a third more time."""
+    """Of the language model: less memory, more time."""
     num_workers: int = 4
     """Loader processes per rank."""
     save_every: int = 500

@@ -14,7 +14,7 @@ from typing import Any
 
 from dcr_mllm.cli import run_main
 from dcr_mllm.errors import UserError
-from dcr_mllm.headers import TensorHeader, read_json, resolve_weights
+from dcr_mllm.headers import TensorHeader, read_json, resolve_weights, weight_files
 from dcr_mllm.llava_headers import LlavaSummary, llava_summary, vision_summary
 from dcr_mllm.llava_names import original_name, part_of, transformers4_name
 from dcr_mllm.runs import PROVENANCE_FILE, atomic_directory, hash_directory, write_json_atomic
@@ -192,16 +192,10 @@ def _check_original(summary: LlavaSummary, config: dict[str, Any]) -> None:
 
 
 def _tower_tensors(llava: Path) -> dict[str, Any]:
-    from safetensors import safe_open
+    from dcr_mllm.towers import stored_tensors
 
-    tensors: dict[str, Any] = {}
-    for source in sorted(llava.glob("*.safetensors")):
-        with safe_open(source, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                part, own = part_of(name)
-                if part == "tower":
-                    tensors[own] = file.get_tensor(name)
-    return tensors
+    stored = stored_tensors(llava, lambda name: part_of(name)[0] == "tower")
+    return {part_of(name)[1]: value for name, value in stored.items()}
 
 
 def _write_weights(llava: Path, out: Path, rename: Callable[[str], str | None]) -> None:
@@ -209,7 +203,7 @@ def _write_weights(llava: Path, out: Path, rename: Callable[[str], str | None]) 
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    sources = sorted(llava.glob("*.safetensors"))
+    sources = weight_files(llava)
     index: dict[str, str] = {}
     total = 0
     for source in sources:

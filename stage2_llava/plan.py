@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from dcr_mllm.plan import (
     Problem,
     Target,
     disk_block,
+    fastest,
     fits_block,
     gib,
     largest_that_fits,
@@ -31,7 +30,6 @@ CONFIG = Stage2Config
 CONFIGS = Path(__file__).parent / "configs"
 TOKENS_PER_WORD = 2
 """More than most texts have: LLaVA's longest samples are what has to fit."""
-_MEASURED_STEPS = 3
 
 
 def plan(config: Stage2Config, target: Target) -> Iterator[str]:
@@ -176,14 +174,7 @@ def measured_samples_per_second(config: Stage2Config) -> float:
     step = PlannedStep.build(config, here, name, phase, Memory(config, here).length(phase))
     step.module.to(device)
     step.batch = {key: tensor.to(device) for key, tensor in step.batch.items()}
-    best = math.inf
-    for _ in range(_MEASURED_STEPS):  # the first one warms up
-        started = time.perf_counter()
-        step.run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return phase.micro_batch_size / best
+    return phase.micro_batch_size / fastest(step.run, device.type)
 
 
 def disk_parts(config: Stage2Config, launch: Launch) -> dict[str, int]:

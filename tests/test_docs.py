@@ -34,7 +34,7 @@ COMMANDS = SCRIPTS["entry-points"]["dcr_mllm.commands"]
 STAGES = {"scripts/stage1.sh": "stage1_dcr", "scripts/stage2_llava.sh": "stage2_llava"}
 CLUSTER = ("scripts/cluster/torchrun_ssh.sh", "scripts/cluster/deepspeed_hostfile.sh")
 
-PARSED_ONLY = {"hf", "pip", "img2dataset", "git", "cd", "export", "apt-get", "tensorboard"}
+PARSED_ONLY = {"hf", "pip", "img2dataset"}
 """Download, install, or somebody else's program."""
 WITH_STAND_INS = {
     "chat",
@@ -78,7 +78,7 @@ def commands() -> list[Command]:
         for span in re.finditer(r"`((?:bash scripts/|python |dcr-mllm |torchrun )[^`]*)`", text):
             line = text[: span.start()].count("\n") + 1
             words = tuple(shlex.split(span.group(1)))
-            if "[" not in span.group(1) and "..." not in span.group(1) and "FILE" not in words:
+            if "[" not in span.group(1) and "..." not in span.group(1):
                 found.append(Command(name, line, words))
     return found
 

@@ -120,6 +120,14 @@ def test_siglip_gives_open_clip_the_same_features_and_comes_back(tiny_timm: None
     assert back.keys() == own.keys() and all(torch.equal(back[name], own[name]) for name in own)
 
 
+def test_other_weights_beside_a_tower_are_not_exported(tiny_clip: Path, tmp_path: Path):
+    tower = shutil.copytree(tiny_clip, tmp_path / "tower")
+    save_file({"visual.proj": torch.zeros(2, 2)}, tower / "open_clip_model.safetensors")
+    out = export_open_clip(tower, tmp_path / "out")
+    back, own = to_hugging_face(load_file(out / WEIGHT_FILE)), load_file(tiny_clip / "model.safetensors")
+    assert back.keys() == own.keys() and all(torch.equal(back[name], own[name]) for name in own)
+
+
 def test_siglip_in_an_architecture_of_another_gelu_is_said(
     tiny_timm: None, tiny_siglip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
