@@ -9,6 +9,11 @@ from dcr_mllm.errors import UserError
 from stage1_dcr.hardware import Stage1Hardware
 from stage1_dcr.view_config import ViewConfig
 
+Phase = Literal["projector", "tower"]
+Objective = Literal["dcr", "reconstruction", "contrastive", "joint", "dcr-end-to-end"]
+PhaseObjective = Literal["dcr", "reconstruction", "contrastive", "joint"]
+Condition = Literal["class", "class+pooled-patches", "pooled-patches@-2"]
+
 
 @dataclass(kw_only=True)
 class Stage1Config:
@@ -42,21 +47,41 @@ class Stage1Config:
     """Of everything: initialisation, data order, crops, views, noise and timesteps."""
 
     # Objective
-    projector_objective: Literal["dcr", "reconstruction"] = "dcr"
-    """Loss of the projector phase."""
-    tower_objective: Literal["dcr", "reconstruction"] = "dcr"
-    """Loss of the tower phase; `reconstruction` is the baseline that DCR is compared with."""
+    objective: Objective = "dcr"
+    """`dcr`; or what it is compared with: `reconstruction` (noise prediction alone, as DIVA and GenHancer train),
+    `contrastive` (class embeddings of two views, no denoiser), `joint` (the weighted sum of these two: the paper's naive
+    baseline), `dcr-end-to-end` (DCR without a projector phase: projector and tower train together in the tower
+    phase)."""
+    projector_objective: Literal["dcr", "reconstruction"] | None = None
+    """Loss of the projector phase; None: `dcr` where `objective` is, else `reconstruction`. `contrastive` and
+    `dcr-end-to-end` have no projector phase."""
+    contrastive_weight: float = 1.0
+    """Of the contrastive loss in `joint`."""
+    reconstruction_weight: float = 1.0
+    """Of the reconstruction loss in `joint`."""
     tau: float = 0.1
-    """Temperature of the contrast."""
+    """Temperature of the contrast, of noise predictions (`dcr`) or of class embeddings (`contrastive`, `joint`)."""
+    positives: Literal["view+target", "view", "target"] = "view+target"
+    """What DCR pulls an image's prediction towards: the prediction under its augmented view, the true target, or both
+    (the method)."""
+    condition: Condition = "class"
+    """What becomes the condition: the class embedding (the method), the mean patch token of the layer that LLaVA reads
+    (`pooled-patches@-2`; the last block is then left alone), or both side by side."""
     negatives: Literal["local", "global"] | int = "local"
     """Whose conditions a row is contrasted with: `local`: the other images of its process's micro-step, as in the
     published code; `global`: those of all processes; K: the K that follow its own among those of all processes."""
     prediction_type: Literal["epsilon", "velocity"] | None = None
     """Target of the denoiser; None: as its scheduler says (the published code always took velocity)."""
     timestep_range: tuple[int, int] = (0, 1000)
-    """Diffusion times are uniform in [low, high)."""
+    """Diffusion times are drawn from [low, high)."""
+    timestep_sampling: Literal["uniform", "logit-normal"] = "uniform"
+    """How they are spread there: evenly, or more densely in the middle (the sigmoid of a normal variable)."""
     keep_close: float = 0.0
-    """Weight of 1 - cosine between the class embedding and the frozen base tower's (not part of DCR)."""
+    """Weight of the distance to the frozen base tower (not part of DCR); it lets the text side go on fitting."""
+    keep_close_tokens: Literal["class", "patches", "class+patches"] = "class"
+    """What is kept close: the class embedding, the patch tokens of the layer that LLaVA reads, or the sum of both."""
+    keep_close_distance: Literal["cosine", "mse"] = "cosine"
+    """1 - cosine, or the mean squared error (KUEA and SALM keep close by the latter)."""
     views: ViewConfig = field(default_factory=ViewConfig)
     """Augmentation of the positive view; flips are off (the published code mirrors both ways)."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
@@ -121,11 +146,33 @@ class Stage1Config:
     """Optimizer steps between lines of metrics.jsonl."""
     report_to: str | list[str] = "tensorboard"
     """Trackers of `transformers.TrainingArguments`; metrics.jsonl is always written."""
+    diagnose_every: int = 0
+    """Optimizer steps of the tower phase between looks inside: gradient conflict, collapse and drift; 0: never."""
+    validation: str | None = None
+    """Benchmarks that are not those of the test: a directory with `mmvp_vlm/`, `labelled/` or both, or `mini`."""
+    validate_every: int = 500
+    """Optimizer steps of the tower phase between measurements on `validation`."""
+    select: Literal["final", "best-validation"] = "final"
+    """Which tower is exported: that of the last step, or the one that names most validation pairs among those whose
+    zero-shot accuracy stayed within `zero_shot_margin` of the base's."""
+    zero_shot_margin: float = 2.0
+    """Points of zero-shot accuracy on `validation` that may be lost before the run warns."""
     evaluate: bool = False
     """Compare the new tower with its base on the miniature's benchmarks when training has ended."""
 
     def __post_init__(self) -> None:
-        for name in ("projector_steps", "tower_steps", "keep_close", "weight_decay", "warmup_steps", "num_workers"):
+        for name in (
+            "projector_steps",
+            "tower_steps",
+            "contrastive_weight",
+            "reconstruction_weight",
+            "keep_close",
+            "weight_decay",
+            "warmup_steps",
+            "num_workers",
+            "diagnose_every",
+            "zero_shot_margin",
+        ):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, found {getattr(self, name)}.")
         for name in (
@@ -134,6 +181,7 @@ class Stage1Config:
             "lora_rank",
             "save_every",
             "log_every",
+            "validate_every",
             "projector_width",
             "shuffle_buffer",
         ):
@@ -153,10 +201,27 @@ class Stage1Config:
         low, high = self.timestep_range
         if not 0 <= low < high:
             raise UserError(f"timestep_range must be [low, high) with 0 <= low < high, found [{low}, {high}).")
-        if self.projector_steps == 0 and self.projector is None and self.tower_steps > 0:
+        needs_projector = self.objective not in ("contrastive", "dcr-end-to-end")
+        if needs_projector and self.projector_steps == 0 and self.projector is None and self.tower_steps > 0:
             raise UserError("projector_steps is 0 and no projector is given: name one with projector=DIR.")
+        if self.select == "best-validation" and self.validation is None:
+            raise UserError("select is best-validation, but validation is not set: give a directory, or select=final.")
         if not self.run or "/" in self.run:
             raise UserError(f"run must be a name without slashes, found {self.run!r}.")
+
+    def steps_of(self, phase: Phase) -> int:
+        """Optimizer steps of a phase; none for a projector phase that the objective does not have."""
+        if phase == "tower":
+            return self.tower_steps
+        return 0 if self.objective in ("contrastive", "dcr-end-to-end") else self.projector_steps
+
+    def objective_of(self, phase: Phase) -> PhaseObjective:
+        """The loss of a phase."""
+        if phase == "projector" and self.projector_objective is not None:
+            return self.projector_objective
+        if self.objective == "dcr-end-to-end":
+            return "dcr"
+        return "reconstruction" if phase == "projector" and self.objective == "joint" else self.objective
 
     def num_negatives(self, num_processes: int) -> int:
         """Negatives per row with this many processes.
