@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # MultiheadAttention reads `out_proj.weight` directly so that a LoRA on it would never see a gradient.
 LORA_TARGETS = r"vision_model\.encoder\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))"
 
+# What LLaVA-1.5 reads of a tower (`vision_feature_layer`): the output of the last block but one.
+LLAVA_LAYER = -2
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageStatistics:
@@ -51,15 +54,36 @@ class VisionTower(nn.Module):
     Parameter names are those of the full model, so that what is trained here fits there.
     """
 
-    def __init__(self, vision_model: nn.Module, visual_projection: nn.Module | None, width: int):
+    def __init__(
+        self, vision_model: nn.Module, visual_projection: nn.Module | None, width: int, *, has_class_token: bool = True
+    ):
         super().__init__()
         self.vision_model = vision_model
         self.visual_projection = visual_projection
         self.width = width
+        self.has_class_token = has_class_token
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a token inside."""
+        return self.vision_model.config.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        """Vision blocks."""
+        return self.vision_model.config.num_hidden_layers
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels [B, 3, S, S] -> class embedding [B, width]."""
-        pooled = self.vision_model(pixel_values=pixel_values).pooler_output
+        return self._project(self.vision_model(pixel_values=pixel_values).pooler_output)
+
+    def with_patches(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Class embedding [B, width] and patch tokens [B, P, hidden_size] of `LLAVA_LAYER`."""
+        output = self.vision_model(pixel_values=pixel_values, output_hidden_states=True)
+        patches = output.hidden_states[LLAVA_LAYER][:, int(self.has_class_token) :]
+        return self._project(output.pooler_output), patches
+
+    def _project(self, pooled: Tensor) -> Tensor:
         return pooled if self.visual_projection is None else self.visual_projection(pooled)
 
 
@@ -81,7 +105,7 @@ def vision_tower(model: PreTrainedModel) -> VisionTower:
     if kind in ("clip", "metaclip_2"):
         return VisionTower(model.vision_model, model.visual_projection, model.config.projection_dim)
     if kind == "siglip":
-        return VisionTower(model.vision_model, None, model.config.vision_config.hidden_size)
+        return VisionTower(model.vision_model, None, model.config.vision_config.hidden_size, has_class_token=False)
     raise UserError(f"A tower of model_type {kind!r} is not supported; use a clip, metaclip_2 or siglip model.")
 
 
@@ -93,11 +117,21 @@ def image_statistics(path: str | Path) -> ImageStatistics:
     return ImageStatistics(size=summary.image_size, mean=tuple(summary.image_mean), std=tuple(summary.image_std))
 
 
-def lora_config(rank: int, alpha: int, dropout: float) -> LoraConfig:
-    """LoRA on the linear layers of the vision blocks only, without biases."""
+def lora_config(rank: int, alpha: int, dropout: float, *, except_block: int | None = None) -> LoraConfig:
+    """LoRA on the linear layers of the vision blocks only, without biases.
+
+    Args:
+        rank: Of the update.
+        alpha: It is scaled by alpha / rank.
+        dropout: On its input.
+        except_block: A block that is left alone.
+    """
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=LORA_TARGETS)
+    targets = LORA_TARGETS
+    if except_block is not None:
+        targets = targets.replace(r"layers\.", rf"layers\.(?!{except_block}\.)")
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=targets)
 
 
 def add_lora(tower: VisionTower, config: LoraConfig) -> VisionTower:

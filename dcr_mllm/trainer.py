@@ -51,25 +51,30 @@ class Position(Protocol):
 
 
 class Metrics:
-    """Means of device scalars since the last reading, without a host sync per step."""
+    """Weighted means of device scalars since the last reading, without a host sync per step."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
         self._sums: Tensor | None = None
-        self._count = 0
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Add detached scalars; the same names each time."""
-        row = torch.stack([value.detach().float() for value in values.values()])
+    def add(self, values: dict[str, Tensor], weights: dict[str, Tensor] | None = None) -> None:
+        """Add scalars; the same names each time.
+
+        Args:
+            values: By name.
+            weights: Of some of them, such as the number of rows in a mean over some rows; the others weigh 1.
+        """
+        first = next(iter(values.values()))
+        ones = dict.fromkeys(values, torch.ones((), device=first.device))
+        pairs = [(values[name].detach().float(), weight) for name, weight in {**ones, **(weights or {})}.items()]
+        row = torch.stack([torch.stack([value * weight, weight]) for value, weight in pairs], dim=1)
         self._names = list(values)
         self._sums = row if self._sums is None else self._sums + row
-        self._count += 1
 
     def take(self) -> tuple[list[str], Tensor | None]:
-        """Names and means [num_names], and start anew."""
-        means = None if self._sums is None else self._sums / self._count
-        self._sums, self._count = None, 0
-        return self._names, means
+        """Names, and weighted sums and sums of weights `[2, num_names]`; start anew."""
+        sums, self._sums = self._sums, None
+        return self._names, sums
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
@@ -184,6 +189,7 @@ class StreamTrainer(Trainer):
         config: Any,
         replay: str,
         prefetch: bool = False,
+        learning_rates: dict[str, float] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -197,6 +203,7 @@ class StreamTrainer(Trainer):
         self.metrics = metrics
         self._metrics_file = metrics_file
         self.phase = phase
+        self._learning_rates = learning_rates or {}
         self._watch = Watch(self, metrics_file.parent, to_yaml(config), replay)
         self.add_callback(self._watch)
         self._last_log: tuple[float, int] | None = None
@@ -205,6 +212,19 @@ class StreamTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         return self._loader
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the stock method; parameters below a name in `learning_rates` get a rate of their own."""
+        optimizer = super().create_optimizer(model)
+        for prefix, rate in self._learning_rates.items():
+            chosen = {id(p) for name, p in self.model.named_parameters() if name.startswith(prefix)}
+            for group in list(optimizer.param_groups):
+                apart = [p for p in group["params"] if id(p) in chosen]
+                if apart:
+                    group["params"] = [p for p in group["params"] if id(p) not in chosen]
+                    optimizer.add_param_group({**group, "params": apart, "lr": rate})
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Only to the device: the stock method casts floats to DeepSpeed's dtype, and noise must not be rounded."""
@@ -236,10 +256,11 @@ class StreamTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            names, means = self.metrics.take()
-            if means is not None:
-                world = self.accelerator.gather(means[None]).mean(dim=0)
-                logs.update(dict(zip(names, world.tolist(), strict=True)))
+            names, sums = self.metrics.take()
+            if sums is not None:
+                total, weight = self.accelerator.gather(sums[None]).sum(dim=0).tolist()
+                # A name without weight has no value, such as a range of times that no image was drawn from.
+                logs.update({name: t / w for name, t, w in zip(names, total, weight, strict=True) if w})
             now, step = time.monotonic(), self.state.global_step
             if self._last_log is not None and now > self._last_log[0]:
                 images = (step - self._last_log[1]) * self._images_per_step()

@@ -5,6 +5,7 @@ Everything is read from JSON files, safetensors headers and directory listings, 
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import os
 import re
@@ -19,6 +20,7 @@ from dcr_mllm.fits import check_projector, check_sizes
 from dcr_mllm.headers import TowerSummary, resolve_weights, tower_summary
 from dcr_mllm.launch import deepspeed_file
 from dcr_mllm.patterns import expand_braces
+from stage1_dcr.config import Stage1Config
 from stage1_dcr.profiles import OPENAI_MEAN, OPENAI_STD, known_defects
 from stage1_dcr.remote import without_query
 from stage1_dcr.shards import IMAGE_EXTENSIONS, TAR_EXTENSIONS
@@ -41,8 +43,6 @@ def preflight(config: Any) -> list[str]:
     Raises:
         UserError: something does not fit; says what was found and what to do.
     """
-    if config.batch_size < 2:
-        raise UserError(f"batch_size is {config.batch_size}, expected at least 2: one image has no negatives")
     tower = tower_summary(resolve_weights(config.tower, "tower"))
     denoiser = denoiser_summary(resolve_weights(config.denoiser, "denoiser"))
     notes = [
@@ -55,7 +55,8 @@ def preflight(config: Any) -> list[str]:
     notes += check_denoiser(denoiser, config.prediction_type)
     notes += check_sizes(tower, denoiser, config.image_size, config.diffusion_size)
     if config.projector is not None:
-        check_projector(config.projector, tower.width, denoiser.cross_attention_dim)
+        width = config.condition_width(embedding_width=tower.width, hidden_size=tower.hidden_size)
+        check_projector(config.projector, width, denoiser.cross_attention_dim)
     notes += check_data(config.data)
     notes += ignored_settings(config)
     notes += known_defects(config, tower, denoiser)
@@ -65,13 +66,32 @@ def preflight(config: Any) -> list[str]:
 
 def ignored_settings(config: Any) -> list[str]:
     """Notes settings that no phase of this config reads."""
-    phases = [(config.projector_steps, config.projector_objective), (config.tower_steps, config.tower_objective)]
-    notes = []
-    if config.negatives != "local" and not any(steps and objective == "dcr" for steps, objective in phases):
-        notes.append(f"note: negatives {config.negatives} is ignored, since no phase trains with the objective dcr")
-    if config.keep_close and not config.tower_steps:
-        notes.append("note: keep_close is ignored, since it belongs to the tower phase, which has no steps")
-    return notes
+    losses = {config.objective_of(phase) for phase in ("projector", "tower") if config.steps_of(phase)}
+    contrasts, denoises = losses & {"dcr", "contrastive", "joint"}, losses - {"contrastive"}
+    without_phase = config.objective in ("contrastive", "dcr-end-to-end")
+    defaults = {field.name: field.default for field in dataclasses.fields(Stage1Config)}
+    reasons = {
+        "negatives": "" if contrasts else "no phase contrasts images",
+        "tau": "" if contrasts else "no phase contrasts images",
+        "positives": "" if "dcr" in losses else "no phase trains with the objective dcr",
+        "contrastive_weight": "" if "joint" in losses else "only the objective joint weighs its terms",
+        "reconstruction_weight": "" if "joint" in losses else "only the objective joint weighs its terms",
+        "projector_objective": f"the objective {config.objective} has no projector phase" if without_phase else "",
+        "keep_close": "" if config.tower_steps else "it belongs to the tower phase, which has no steps",
+        "keep_close_tokens": "" if config.keep_close else "keep_close is 0",
+        "keep_close_distance": "" if config.keep_close else "keep_close is 0",
+        "select": "" if config.tower_steps else "there is no tower phase",
+        "validation": "" if config.tower_steps else "there is no tower phase",
+        **dict.fromkeys(
+            ("condition", "timestep_range", "timestep_sampling", "prediction_type", "projector"),
+            "" if denoises else "no phase uses the denoiser",
+        ),
+    }
+    return [
+        f"note: {name} {getattr(config, name)} is ignored, since {reason}"
+        for name, reason in reasons.items()
+        if reason and getattr(config, name) != defaults[name]
+    ]
 
 
 def check_tower(tower: TowerSummary) -> list[str]:

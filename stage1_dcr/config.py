@@ -49,8 +49,8 @@ class Stage1Config:
     # Objective
     objective: Objective = "dcr"
     """`dcr`; or what it is compared with: `reconstruction` (noise prediction alone, as DIVA and GenHancer train),
-    `contrastive` (class embeddings of two views, no denoiser), `joint` (the weighted sum of these two: the paper's naive
-    baseline), `dcr-end-to-end` (DCR without a projector phase: projector and tower train together in the tower
+    `contrastive` (class embeddings of two views, no denoiser), `joint` (the weighted sum of these two: the paper's
+    naive baseline), `dcr-end-to-end` (DCR without a projector phase: projector and tower train together in the tower
     phase)."""
     projector_objective: Literal["dcr", "reconstruction"] | None = None
     """Loss of the projector phase; None: `dcr` where `objective` is, else `reconstruction`. `contrastive` and
@@ -222,6 +222,19 @@ class Stage1Config:
         if self.objective == "dcr-end-to-end":
             return "dcr"
         return "reconstruction" if phase == "projector" and self.objective == "joint" else self.objective
+
+    def condition_width(self, *, embedding_width: int, hidden_size: int) -> int:
+        """Width of what the projector reads of a tower."""
+        widths: dict[Condition, int] = {
+            "class": embedding_width,
+            "class+pooled-patches": embedding_width + hidden_size,
+            "pooled-patches@-2": hidden_size,
+        }
+        return widths[self.condition]
+
+    def untouched_block(self, num_layers: int) -> int | None:
+        """The vision block without LoRA: the last one where the loss reads the layer before it."""
+        return num_layers - 1 if self.condition == "pooled-patches@-2" else None
 
     def num_negatives(self, num_processes: int) -> int:
         """Negatives per row with this many processes.

@@ -9,7 +9,7 @@ instead of the memory of the whole ``B x (B + 1)`` grid.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch.autograd.function import once_differentiable
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(noisy_latents [R, C, h, w], timesteps [R], conditions [R, n, D]) -> predictions [R, n, C, h, w]``."""
+
+Positives = Literal["view+target", "view", "target"]
+Part = Literal["view", "target"]
 
 # Keeps the norm of an all-zero prediction differentiable; nothing beside the norm of a real one (about 56 at 28 x 28
 # x 4).
@@ -33,15 +36,17 @@ _REFERENCE_AREA = 28 * 28
 
 
 class DCRStats(NamedTuple):
-    """What is worth logging of one evaluation of the loss: detached scalars on the device, averaged over rows.
+    """What is worth logging of one evaluation of the loss, detached and on the device: means over rows, unless it says
+    otherwise.
 
     Attributes:
-        loss: The loss itself, the mean of the two positive parts.
-        loss_view: Part of the augmented view, ``logsumexp - logit``.
-        loss_target: Part of the ground truth.
+        loss: The loss itself, the mean of the parts of the positives in use.
+        loss_view: Part of the augmented view, ``logsumexp - logit``; infinite if it is no positive.
+        loss_target: Part of the ground truth; infinite if it is no positive.
         cos_view: Cosine between anchor and the prediction under the augmented view's condition.
         cos_target: Cosine between anchor and ground truth.
         cos_negative: Mean cosine between anchor and negatives.
+        cosines: ``[B, 3]``, the last three for each row.
         num_negatives: Negatives per row (an int: known without looking at the device).
     """
 
@@ -51,6 +56,7 @@ class DCRStats(NamedTuple):
     cos_view: Tensor
     cos_target: Tensor
     cos_negative: Tensor
+    cosines: Tensor
     num_negatives: int
 
 
@@ -66,6 +72,8 @@ def dcr_loss(
     rows_per_chunk: int = 1,
     first_row: int | None = None,
     num_negatives: int | None = None,
+    positives_used: Positives = "view+target",
+    only: Part | None = None,
 ) -> tuple[Tensor, DCRStats]:
     """Diffusion contrastive reconstruction loss of one batch.
 
@@ -75,6 +83,9 @@ def dcr_loss(
 
     Negatives from beyond the batch come with ``first_row``: ``conditions`` are then those of a larger batch, of which
     this one is a part. ``num_negatives`` takes as many of the others, those that follow the row's own in cyclic order.
+
+    With one positive in use, the other is no candidate either: ``loss_i = logsumexp(s) - s_p``. The two parts that
+    ``only`` tells apart share their candidates and add up to the loss.
 
     Gradients reach ``conditions`` and ``positives`` only: ``predict`` is treated as frozen, and they are computed
     during this call, so the returned loss can be differentiated once.
@@ -90,6 +101,8 @@ def dcr_loss(
         rows_per_chunk: Rows of the grid that are in memory at a time.
         first_row: Where in ``conditions`` this batch's own begin; None: they are all its own.
         num_negatives: Negatives per row; None: all other conditions.
+        positives_used: Which positives there are.
+        only: Leave the other positive's part out of the sum; for diagnostics.
 
     Returns:
         The scalar loss (fp32) and its statistics.
@@ -115,14 +128,18 @@ def dcr_loss(
         )
     if tau <= 0 or rows_per_chunk < 1:
         raise ValueError(f"tau and rows_per_chunk must be positive, found {tau} and {rows_per_chunk}.")
-    arguments = (noisy_latents, timesteps, target, predict, tau, rows_per_chunk, first_row or 0, num_negatives)
+    if only is not None and only not in positives_used.split("+"):
+        raise ValueError(f"only is {only}, which is none of the positives {positives_used}.")
+    choice = {"positives_used": positives_used, "only": only}
+    arguments = (noisy_latents, timesteps, target, predict, tau, rows_per_chunk, first_row or 0, num_negatives, choice)
     if torch.is_grad_enabled() and (conditions.requires_grad or positives.requires_grad):
         loss, stats = _RowWiseDCR.apply(conditions, positives, *arguments)
     else:
         stats = _forward_rows(conditions, positives, *arguments)
-        loss = stats[0]
-    means = dict(zip(DCRStats._fields, stats.detach().unbind(), strict=False))
-    return loss, DCRStats(**means, num_negatives=num_negatives or total - 1)
+        loss = stats[:, 0].mean()
+    rows = stats.detach()
+    means = dict(zip(DCRStats._fields, rows.mean(dim=0).unbind(), strict=False))
+    return loss, DCRStats(**means, cosines=rows[:, 3:], num_negatives=num_negatives or total - 1)
 
 
 def reconstruction_loss(
@@ -195,13 +212,13 @@ class _RowWiseDCR(torch.autograd.Function):
         ]
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(stats)
-        return stats[0].clone(), stats
+        return stats[:, 0].mean(), stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_stats: Tensor) -> tuple[Tensor | None, ...]:
         conditions_grad, positives_grad = ctx.saved_tensors
-        none = (None,) * 8
+        none = (None,) * 9
         return conditions_grad * grad_loss, positives_grad * grad_loss, *none
 
 
@@ -216,10 +233,11 @@ def _forward_rows(
     rows_per_chunk: int,
     first_row: int,
     num_negatives: int | None,
+    choice: dict[str, Any],
     *,
     backward_into: list[Tensor] | None = None,
 ) -> Tensor:
-    """Statistics ``[6]`` of the whole batch in the order of :class:`DCRStats`; given leaves, their gradients too."""
+    """Statistics ``[B, 6]`` of all rows in the order of :class:`DCRStats`; given leaves, their gradients too."""
     total, batch = len(conditions), len(positives)
 
     def run(chunk: slice) -> Tensor:  # a function, so that nothing of one chunk survives into the next
@@ -231,17 +249,25 @@ def _forward_rows(
             candidates, own = conditions[(rows[:, None] + following) % total], torch.zeros_like(rows)
         grid = torch.cat([candidates, positives[chunk, None]], dim=1)
         predictions = predict(noisy_latents[chunk], timesteps[chunk], grid)
-        loss, stats = contrast(predictions, target[chunk], own, tau=tau)
+        loss, stats = contrast(predictions, target[chunk], own, tau=tau, **choice)
         if backward_into is not None:
             # Only these leaves: whatever else `predict` may reach is none of our business.
             torch.autograd.backward(loss * (_GRAD_SCALE / batch), inputs=backward_into)
         return stats.detach()
 
     chunks = [slice(start, start + rows_per_chunk) for start in range(0, batch, rows_per_chunk)]
-    return torch.stack([run(chunk) for chunk in chunks]).sum(dim=0) / batch
+    return torch.cat([run(chunk) for chunk in chunks])
 
 
-def contrast(predictions: Tensor, target: Tensor, rows: Tensor, *, tau: float) -> tuple[Tensor, Tensor]:
+def contrast(
+    predictions: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    *,
+    tau: float,
+    positives_used: Positives = "view+target",
+    only: Part | None = None,
+) -> tuple[Tensor, Tensor]:
     """Loss of some rows of the grid, in fp32 whatever the precision of the denoiser.
 
     Args:
@@ -249,9 +275,10 @@ def contrast(predictions: Tensor, target: Tensor, rows: Tensor, *, tau: float) -
         target: ``[R, ...]``.
         rows: ``[R]``, which of the M conditions is each row's own, hence its anchor.
         tau: Temperature.
+        positives_used, only: See :func:`dcr_loss`.
 
     Returns:
-        The sum of the rows' losses, and the six statistics of :class:`DCRStats`, summed over the rows too.
+        The sum of the rows' losses, and the first six statistics of :class:`DCRStats` for each row, ``[R, 6]``.
     """
     with torch.autocast(predictions.device.type, enabled=False):
         outputs = _unit(_fp32(predictions).flatten(2))
@@ -263,14 +290,18 @@ def contrast(predictions: Tensor, target: Tensor, rows: Tensor, *, tau: float) -
         # The anchor's cosine with itself is no candidate; its place is taken by the ground truth.
         own = torch.arange(outputs.shape[1], device=rows.device) == rows[:, None]
         candidates = torch.where(own, to_truth, cosines)
+        negatives = (candidates.sum(dim=-1) - cosines[:, -1] - to_truth[:, 0]) / (candidates.shape[1] - 2)
+        if "target" not in positives_used:
+            candidates = candidates.masked_fill(own, -torch.inf)
+        if "view" not in positives_used:
+            candidates = torch.cat([candidates[:, :-1], torch.full_like(to_truth, -torch.inf)], dim=1)
         logits = candidates / tau
         normaliser = logits.logsumexp(dim=-1)
-        loss_view = (normaliser - logits[:, -1]).sum()
-        loss_target = (normaliser - to_truth[:, 0] / tau).sum()
-        loss = (loss_view + loss_target) / 2
-        view, truth_sum = cosines[:, -1].sum(), to_truth.sum()
-        negatives = (candidates.sum() - view - truth_sum) / (logits.shape[1] - 2)
-        return loss, torch.stack([loss, loss_view, loss_target, view, truth_sum, negatives])
+        parts = {"view": normaliser - logits[:, -1], "target": normaliser - logits.gather(1, rows[:, None])[:, 0]}
+        used = positives_used.split("+")
+        loss = torch.stack([parts[name] for name in ([only] if only else used)]).sum(dim=0) / len(used)
+        stats = [loss, parts["view"], parts["target"], cosines[:, -1], to_truth[:, 0], negatives]
+        return loss.sum(), torch.stack(stats, dim=-1)
 
 
 def _unit(x: Tensor) -> Tensor:

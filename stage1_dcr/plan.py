@@ -25,7 +25,7 @@ from stage1_dcr.config import Stage1Config
 
 if TYPE_CHECKING:
     from dcr_mllm.launch import Launch
-    from stage1_dcr.step import Phase
+    from stage1_dcr.config import Phase
 
 CONFIG = Stage1Config
 CONFIGS = Path(__file__).parent / "configs"
@@ -39,16 +39,15 @@ def plan(config: Stage1Config, target: Target) -> Iterator[str]:
 
     import torch
 
-    from stage1_dcr.estimate import trainable_table
-    from stage1_dcr.plan_step import EmptyStage, conditions_per_row, unet_flops
+    from stage1_dcr.estimate import PHASES, conditions_per_row, trainable_table
+    from stage1_dcr.plan_step import EmptyStage, unet_flops
 
     with torch.device("meta"):
         stage = EmptyStage(config, launch)
         table = trainable_table(stage)
     yield table
 
-    steps: dict[Phase, int] = {"projector": config.projector_steps, "tower": config.tower_steps}
-    steps = {phase: count for phase, count in steps.items() if count}
+    steps: dict[Phase, int] = {phase: config.steps_of(phase) for phase in PHASES if config.steps_of(phase)}
     batch = config.batch_size * config.accumulation * launch.num_processes
     images: dict[str, int] = {phase: count * batch for phase, count in steps.items()}
     yield "\n".join(
@@ -69,7 +68,7 @@ def plan(config: Stage1Config, target: Target) -> Iterator[str]:
         yield rows_that_fit(memory, target.usable)
 
     samples = {phase: conditions_per_row(config, phase, launch.num_processes) for phase in steps}  # per row
-    flops = {n: unet_flops(config, launch, n) for n in set(samples.values())}
+    flops = {n: unet_flops(config, launch, n) if n else 0 for n in set(samples.values())}
     yield "\n".join(
         f"UNet in a micro-step of the {phase} phase: {config.batch_size * n:,} samples, {flops[n] / 1e12:.3g} TFLOP "
         f"forward and backward per process; micro-steps in a step: {config.accumulation}"

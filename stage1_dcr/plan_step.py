@@ -29,25 +29,15 @@ from dcr_mllm.memory import (
 )
 from dcr_mllm.towers import VisionTower, vision_tower
 from dcr_mllm.zero import parameter_memory
-from stage1_dcr.config import Stage1Config
+from stage1_dcr.config import Phase, Stage1Config
 from stage1_dcr.denoiser import Denoiser
 from stage1_dcr.objective import Predict, auto_rows_per_chunk
 from stage1_dcr.projector import CONFIG_NAME, Projector
-from stage1_dcr.step import Phase, TrainingStep
+from stage1_dcr.step import TrainingStep
 from stage1_dcr.train import Stage1, prepare
 from stage1_dcr.views import NUM_VIEW_PARAMS
 
 REST = "views and loss"
-
-
-def conditions_per_row(config: Stage1Config, phase: Phase, num_processes: int) -> int:
-    """UNet samples per noisy latent: its own condition, its view's and the negatives'; one in plain reconstruction."""
-    return config.num_negatives(num_processes) + 2 if phase_objective(config, phase) == "dcr" else 1
-
-
-def phase_objective(config: Stage1Config, phase: Phase) -> str:
-    """The loss of a phase."""
-    return config.projector_objective if phase == "projector" else config.tower_objective
 
 
 class EmptyStage(Stage1):
@@ -81,7 +71,7 @@ class EmptyStage(Stage1):
         hidden_width = self.config.projector_width
         if self.config.projector is not None:
             hidden_width = read_json(Path(self.config.projector) / CONFIG_NAME)["hidden_width"]
-        return Projector(self.tower.width, self.denoiser.cross_attention_dim, hidden_width=hidden_width)
+        return Projector(self.input_width, self.denoiser.cross_attention_dim, hidden_width=hidden_width)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -140,7 +130,7 @@ class PlannedStep:
             denoiser=stage.denoiser,
             batch=batch,
             autocast=launch.precision == "bf16" and not in_engine,
-            objective=phase_objective(config, phase),
+            objective=config.objective_of(phase),
             rows=min(rows, config.batch_size),
         )
 
@@ -175,8 +165,10 @@ class PlannedStep:
 
     def frozen_parts(self) -> Iterator[tuple[str, nn.Module]]:
         """What lies on the device outside of the trained module."""
-        for module, name in zip(self.module.frozen(), ("", "reference "), strict=False):
-            yield f"{name}{'projector' if isinstance(module, Projector) else 'tower'}", module
+        for module in self.module.frozen():
+            # In the tower phase, a frozen tower is the base that the trained one is kept close to.
+            tower = "reference tower" if hasattr(self.module, "tower") else "tower"
+            yield "projector" if isinstance(module, Projector) else tower, module
         networks = self.denoiser.modules()
         yield "autoencoder", networks["vae"].encoder
         yield "denoiser", networks["unet"]

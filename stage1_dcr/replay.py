@@ -61,7 +61,7 @@ def build(directory: Path, record: dict[str, Any], device: str) -> TrainingStep:
     )
     stage = Stage1(config, launch)
     projector = stage.new_projector()
-    if record["phase"] == "tower" and config.projector_steps > 0:
+    if record["phase"] == "tower" and config.steps_of("projector") > 0:
         trained = directory.parent / "projector"
         if not trained.is_dir():
             raise UserError(f"{trained} does not exist; put {directory.name} back into its run's directory")

@@ -30,15 +30,16 @@ from dcr_mllm.towers import (
     merged_tensors,
     vision_tower,
 )
-from stage1_dcr.config import Stage1Config
+from stage1_dcr.config import Phase, Stage1Config
 from stage1_dcr.denoiser import Denoiser
 from stage1_dcr.hardware import choose_attention, prepare_denoiser
 from stage1_dcr.images import StreamPosition, fingerprint, make_loader
 from stage1_dcr.profiles import OPENAI_MEAN, OPENAI_STD, known_defects
 from stage1_dcr.projector import Projector
-from stage1_dcr.step import Phase, TrainingStep
+from stage1_dcr.step import TrainingStep
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import TrainingArguments
 
 logger = get_logger(__name__)
@@ -77,7 +78,22 @@ class Stage1:
         if self.config.projector is not None:
             return Projector.load(self.config.projector)
         torch.manual_seed(self.config.seed)
-        return Projector(self.tower.width, self.denoiser.cross_attention_dim, hidden_width=self.config.projector_width)
+        return Projector(self.input_width, self.denoiser.cross_attention_dim, hidden_width=self.config.projector_width)
+
+    @property
+    def input_width(self) -> int:
+        """Of the projector."""
+        return self.config.condition_width(embedding_width=self.tower.width, hidden_size=self.tower.hidden_size)
+
+    def lora(self) -> LoraConfig:
+        """What is put into the tower."""
+        config = self.config
+        return lora_config(
+            config.lora_rank,
+            config.lora_alpha,
+            config.lora_dropout,
+            except_block=config.untouched_block(self.tower.num_layers),
+        )
 
 
 def prepare(stage: Stage1, phase: Phase, projector: Projector) -> TrainingStep:
@@ -88,10 +104,9 @@ def prepare(stage: Stage1, phase: Phase, projector: Projector) -> TrainingStep:
     reference = None
     if phase == "tower":
         torch.manual_seed(config.seed)
-        add_lora(tower, lora_config(config.lora_rank, config.lora_alpha, config.lora_dropout))
+        add_lora(tower, stage.lora())
         reference = copy.deepcopy(stage.tower) if config.keep_close else None
-    else:
-        projector.requires_grad_(True)
+    projector.requires_grad_(True)  # a step freezes what it does not train
     return TrainingStep(
         phase=phase,
         tower=tower,
@@ -115,7 +130,7 @@ def training_arguments(config: Stage1Config, launch: Launch, phase: Phase, direc
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.projector_learning_rate if phase == "projector" else config.tower_learning_rate,
-        max_steps=config.projector_steps if phase == "projector" else config.tower_steps,
+        max_steps=config.steps_of(phase),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type=config.schedule,
@@ -127,7 +142,7 @@ def run_phase(stage: Stage1, phase: Phase, projector: Projector, run: Run, data:
     """Train one phase to its end, from its last complete checkpoint if there is one.
 
     Returns:
-        The trained tensors by their names in the projector or the tower, fp32 on the CPU.
+        The trained tensors by their names in the training step (`projector.*`, `tower.*`), fp32 on the CPU.
     """
     from dcr_mllm.trainer import (
         StreamTrainer,
@@ -183,12 +198,18 @@ def run_phase(stage: Stage1, phase: Phase, projector: Projector, run: Run, data:
         prefetch=config.hardware.prefetch,
         config=config,
         replay="stage1_dcr.replay",
+        learning_rates={"projector.": config.projector_learning_rate} if phase == "tower" else None,  # end to end
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = gathered_trainable_state(trainer)
-    prefix = f"{phase}."
     trainer.accelerator.free_memory()
-    return {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def part_of(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of `projector` or `tower` by their names in it."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def run_stage1(config: Stage1Config, launch: Launch, run: Run, data: str | list[str]) -> dict[str, Any]:
@@ -206,7 +227,7 @@ def run_stage1(config: Stage1Config, launch: Launch, run: Run, data: str | list[
     is_main = rank() == 0
     projector_dir, tower_dir = run.path / "projector", run.path / "tower"
     results: dict[str, Any] = {}
-    projector_left = config.projector_steps > 0 and not projector_dir.is_dir()
+    projector_left = config.steps_of("projector") > 0 and not projector_dir.is_dir()
     tower_left = config.tower_steps > 0 and not tower_dir.is_dir()
     # All or nothing: whatever a later phase needs has to be loaded before the first TrainingArguments.
     stage = Stage1(config, launch) if projector_left or tower_left else None
@@ -215,25 +236,31 @@ def run_stage1(config: Stage1Config, launch: Launch, run: Run, data: str | list[
         assert stage is not None
         state = run_phase(stage, "projector", stage.new_projector(), run, data)
         if is_main:
-            trained = stage.new_projector()
-            trained.denoiser_hash = hash_directory(stage.denoiser_path)
-            with atomic_directory(projector_dir) as temporary:
-                trained.save(temporary, state_dict=state)
+            _save_projector(stage, state, projector_dir)
         _barrier()
-    source = projector_dir if config.projector_steps > 0 else config.projector
-    if source is not None:
-        results["projector"] = str(source)
 
     if tower_left:
         assert stage is not None
-        assert source is not None, "Stage1Config refuses a tower phase without projector"
-        state = run_phase(stage, "tower", Projector.load(source), run, data)
+        trained = config.steps_of("projector") > 0
+        projector = Projector.load(projector_dir) if trained else stage.new_projector()
+        state = run_phase(stage, "tower", projector, run, data)
         if is_main:
-            _export(stage, state, run, data)
+            if part_of(state, "projector"):
+                _save_projector(stage, state, projector_dir)
+            _export(stage, part_of(state, "tower"), run, data)
         _barrier()
+    if projector_dir.is_dir() or config.projector is not None:
+        results["projector"] = str(projector_dir if projector_dir.is_dir() else config.projector)
     if config.tower_steps > 0:
         results["tower"] = str(tower_dir)
     return results
+
+
+def _save_projector(stage: Stage1, state: dict[str, Tensor], directory: Path) -> None:
+    projector = stage.new_projector()
+    projector.denoiser_hash = hash_directory(stage.denoiser_path)
+    with atomic_directory(directory, replace=True) as temporary:
+        projector.save(temporary, state_dict=part_of(state, "projector"))
 
 
 def _export(stage: Stage1, state: dict[str, Tensor], run: Run, data: str | list[str]) -> None:
@@ -244,9 +271,8 @@ def _export(stage: Stage1, state: dict[str, Tensor], run: Run, data: str | list[
 
     unset_hf_deepspeed_config()
     config = stage.config
-    lora = lora_config(config.lora_rank, config.lora_alpha, config.lora_dropout)
     with atomic_directory(run.path / "adapter", replace=True) as temporary:
-        changed = merged_tensors(stage.tower_path, lora, state, temporary)
+        changed = merged_tensors(stage.tower_path, stage.lora(), state, temporary)
     with atomic_directory(run.path / "tower") as temporary:
         export_tower(stage.tower_path, changed, temporary)
         record = provenance(
@@ -256,7 +282,7 @@ def _export(stage: Stage1, state: dict[str, Tensor], run: Run, data: str | list[
             data=fingerprint(data),
             prediction_type=stage.denoiser.prediction_type,
             known_defects=known_defects(config, tower_summary(stage.tower_path), denoiser_summary(stage.denoiser_path)),
-            steps={"projector": config.projector_steps, "tower": config.tower_steps},
+            steps={"projector": config.steps_of("projector"), "tower": config.tower_steps},
             seeds={"seed": config.seed},
             num_processes=stage.launch.num_processes,
             precision=stage.launch.precision,

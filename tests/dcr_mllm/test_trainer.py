@@ -29,9 +29,17 @@ def test_metrics_are_means_since_the_last_reading():
     metrics = Metrics()
     for value in (1.0, 2.0, 6.0):
         metrics.add({"a": torch.tensor(value), "b": torch.tensor(-value)})
-    names, means = metrics.take()
-    assert names == ["a", "b"] and means.tolist() == [3.0, -3.0]
+    names, sums = metrics.take()
+    assert names == ["a", "b"] and sums.tolist() == [[9.0, -9.0], [3.0, 3.0]]
     assert metrics.take()[1] is None
+
+
+def test_metrics_weigh_what_they_are_told_to():
+    metrics = Metrics()
+    for value, weight in ((1.0, 3.0), (5.0, 1.0), (7.0, 0.0)):
+        metrics.add({"a": torch.tensor(value), "b": torch.tensor(value)}, {"b": torch.tensor(weight)})
+    _, sums = metrics.take()
+    assert sums.tolist() == [[13.0, 8.0], [3.0, 4.0]]
 
 
 def test_state_dict_speaks_of_trainable_tensors_only():

@@ -17,39 +17,17 @@ import pytest
 from dcr_mllm.errors import UserError
 from dcr_mllm.launch import DEEPSPEED_DIR, deepspeed_file
 from stage1_dcr.checks import check_data, expand, preflight
-from stage1_dcr.view_config import ViewConfig
+from stage1_dcr.config import Stage1Config
 from tests.fake_models import OPENAI_MEAN, OPENAI_STD, write_denoiser, write_json, write_projector, write_tower
 
 
-@dataclasses.dataclass(kw_only=True)
-class Config:
-    """The fields of the stage's config that the checks read."""
-
-    tower: str
-    denoiser: str
-    data: str | list[str] | None = "mini"
-    image_size: int | None = None
-    diffusion_size: int | None = None
-    batch_size: int = 8
-    projector: str | None = None
-    deepspeed: str = "auto"
-    prediction_type: str | None = None
-    normalisation: str = "tower"
-    negatives: str | int = "local"
-    keep_close: float = 0.0
-    projector_steps: int = 10
-    tower_steps: int = 10
-    projector_objective: str = "dcr"
-    tower_objective: str = "dcr"
-    views: ViewConfig = dataclasses.field(default_factory=ViewConfig)
-
-
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
-    return Config(tower=str(write_tower(tmp_path / "tower")), denoiser=str(write_denoiser(tmp_path / "denoiser")))
+def config(tmp_path: Path) -> Stage1Config:
+    tower, denoiser = write_tower(tmp_path / "tower"), write_denoiser(tmp_path / "denoiser")
+    return Stage1Config(tower=str(tower), denoiser=str(denoiser), data="mini")
 
 
-def refused(config: Config, message: str, **changes: object) -> None:
+def refused(config: Stage1Config, message: str, **changes: object) -> None:
     with pytest.raises(UserError, match=message) as caught:
         preflight(dataclasses.replace(config, **changes))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
@@ -68,7 +46,7 @@ def write_tar(path: Path, *names: str) -> Path:
     return path
 
 
-def test_good_config_passes_and_says_what_it_found(config: Config, tmp_path: Path) -> None:
+def test_good_config_passes_and_says_what_it_found(config: Stage1Config, tmp_path: Path) -> None:
     config.projector = str(write_projector(tmp_path / "projector"))
     notes = "\n".join(preflight(config))
     assert "clip, 32 px, patch 8, 2 layers x 8, embedding 6" in notes
@@ -76,31 +54,39 @@ def test_good_config_passes_and_says_what_it_found(config: Config, tmp_path: Pat
     assert "note:" not in notes
 
 
-def test_settings_that_no_phase_reads_are_named(config: Config) -> None:
+def test_settings_that_no_phase_reads_are_named(config: Stage1Config) -> None:
     def ignored(**changes: object) -> list[str]:
         return [note for note in preflight(dataclasses.replace(config, **changes)) if "ignored" in note]  # type: ignore[arg-type]
 
+    assert not ignored()
     assert not ignored(negatives="global", projector_objective="reconstruction", keep_close=1.0)
-    plain = {"projector_objective": "reconstruction", "tower_objective": "reconstruction"}
-    assert "negatives 31 is ignored" in ignored(negatives=31, **plain)[0]
+    assert not ignored(objective="joint", tau=0.2, negatives=3, contrastive_weight=0.5, timestep_range=(0, 500))
+    assert not ignored(objective="dcr-end-to-end", positives="view", condition="class+pooled-patches")
+    plain = {"objective": "reconstruction"}
+    assert not ignored(**plain, condition="pooled-patches@-2", timestep_sampling="logit-normal")
+    for change in ({"negatives": 31}, {"tau": 0.2}, {"positives": "view"}, {"contrastive_weight": 2.0}):
+        (name, value), (note,) = *change.items(), ignored(**plain, **change)
+        assert note.startswith(f"note: {name} {value} is ignored")
     assert "negatives global" in ignored(negatives="global", tower_steps=0, projector_objective="reconstruction")[0]
-    assert "keep_close is ignored" in ignored(keep_close=1.0, tower_steps=0)[0]
-    assert not ignored(**plain)
+    assert "keep_close 1.0 is ignored" in ignored(keep_close=1.0, tower_steps=0)[0]
+    assert "keep_close_tokens patches is ignored" in ignored(keep_close_tokens="patches")[0]
+    assert "no projector phase" in ignored(objective="dcr-end-to-end", projector_objective="dcr")[0]
+    assert "no phase uses the denoiser" in ignored(objective="contrastive", condition="class+pooled-patches")[0]
 
 
-def test_one_image_has_no_negatives(config: Config) -> None:
-    refused(config, "batch_size is 1, expected at least 2", batch_size=1)
+def test_one_image_has_no_negatives(config: Stage1Config) -> None:
+    refused(config, "batch_size must be at least 2 .one image has no negatives., found 1", batch_size=1)
 
 
 @pytest.mark.parametrize("kind", ["tower", "denoiser"])
-def test_missing_directories(config: Config, kind: str) -> None:
+def test_missing_directories(config: Stage1Config, kind: str) -> None:
     refused(config, f"{kind} directory './nowhere' does not exist", **{kind: "./nowhere"})
 
 
 @pytest.mark.parametrize(
     ("kind", "name"), [("tower", "model.safetensors"), ("denoiser", "unet/diffusion_pytorch_model.safetensors")]
 )
-def test_partial_and_truncated_directories(config: Config, kind: str, name: str) -> None:
+def test_partial_and_truncated_directories(config: Stage1Config, kind: str, name: str) -> None:
     file = Path(getattr(config, kind)) / name
     content = file.read_bytes()
     file.write_bytes(content[:-10])
@@ -112,11 +98,13 @@ def test_partial_and_truncated_directories(config: Config, kind: str, name: str)
 @pytest.mark.parametrize(
     ("widths", "message"), [((7, 12), "input_width 7.* width 6"), ((6, 13), "output_width 13.* width 12")]
 )
-def test_projector_of_another_width(config: Config, tmp_path: Path, widths: tuple[int, int], message: str) -> None:
+def test_projector_of_another_width(
+    config: Stage1Config, tmp_path: Path, widths: tuple[int, int], message: str
+) -> None:
     refused(config, message, projector=str(write_projector(tmp_path / "projector", *widths)))
 
 
-def test_missing_and_partial_projector(config: Config, tmp_path: Path) -> None:
+def test_missing_and_partial_projector(config: Stage1Config, tmp_path: Path) -> None:
     refused(config, "projector directory .* does not exist", projector=str(tmp_path / "nowhere"))
     projector = write_projector(tmp_path / "projector")
     (projector / "model.safetensors").write_bytes(b"12")
@@ -125,34 +113,34 @@ def test_missing_and_partial_projector(config: Config, tmp_path: Path) -> None:
     refused(config, "model.safetensors is missing", projector=str(projector))
 
 
-def test_siglip_with_clip_normalisation(config: Config, tmp_path: Path) -> None:
+def test_siglip_with_clip_normalisation(config: Stage1Config, tmp_path: Path) -> None:
     config.tower = str(write_tower(tmp_path / "siglip", "siglip"))
     preflight(config)
     edit(Path(config.tower) / "preprocessor_config.json", image_mean=OPENAI_MEAN, image_std=OPENAI_STD)
     refused(config, "SigLIP tower.*has CLIP's image_mean and image_std")
 
 
-def test_cross_attention_width_mismatch(config: Config) -> None:
+def test_cross_attention_width_mismatch(config: Stage1Config) -> None:
     edit(Path(config.denoiser) / "text_encoder" / "config.json", hidden_size=16)
     refused(config, "takes conditions of width 12 .*text_encoder gives 16")
 
 
-def test_sdxl_is_refused(config: Config) -> None:
+def test_sdxl_is_refused(config: Stage1Config) -> None:
     edit(Path(config.denoiser) / "unet" / "config.json", addition_embed_type="text_time")
     refused(config, "SDXL-like")
 
 
-def test_unknown_prediction_type(config: Config) -> None:
+def test_unknown_prediction_type(config: Stage1Config) -> None:
     edit(Path(config.denoiser) / "scheduler" / "scheduler_config.json", prediction_type="sample")
     refused(config, "predicts 'sample', expected epsilon or v_prediction")
 
 
-def test_image_size_that_the_tower_cannot_take(config: Config) -> None:
+def test_image_size_that_the_tower_cannot_take(config: Stage1Config) -> None:
     refused(config, "image_size is 48, but the tower takes 32", image_size=48)
     preflight(dataclasses.replace(config, image_size=32))
 
 
-def test_diffusion_size(config: Config, tmp_path: Path) -> None:
+def test_diffusion_size(config: Stage1Config, tmp_path: Path) -> None:
     refused(config, "diffusion_size is 50, expected a multiple of 4.*48 or 52", diffusion_size=50)
     refused(config, "expected a multiple of 4", diffusion_size=-4)
     odd = str(write_tower(tmp_path / "odd", image=30, patch=10))
@@ -163,7 +151,7 @@ def test_diffusion_size(config: Config, tmp_path: Path) -> None:
     assert any("latents of 9 are no multiple of 2" in note for note in notes)
 
 
-def test_data_that_is_not_there(config: Config, tmp_path: Path) -> None:
+def test_data_that_is_not_there(config: Stage1Config, tmp_path: Path) -> None:
     refused(config, "data is not set", data=None)
     refused(config, "matches no file or folder", data=str(tmp_path / "*.tar"))
     write_tar(tmp_path / "00.tar", "a.jpg")
@@ -171,14 +159,14 @@ def test_data_that_is_not_there(config: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["nonsense://bucket/{0..3}.tar", "simplecache::nonsense://bucket/0.tar?secret"])
-def test_data_of_an_unknown_protocol(config: Config, url: str) -> None:
+def test_data_of_an_unknown_protocol(config: Stage1Config, url: str) -> None:
     config.data = url
     with pytest.raises(UserError, match="^data .*nonsense://bucket.* cannot be opened: .*nonsense") as error:
         preflight(config)
     assert "secret" not in str(error.value)
 
 
-def test_data_without_images(config: Config, tmp_path: Path) -> None:
+def test_data_without_images(config: Stage1Config, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     refused(config, "holds no image", data=str(folder))
@@ -239,7 +227,7 @@ def test_deepspeed_files_all_state_gradient_clipping(tmp_path: Path) -> None:
         deepspeed_file(str(tmp_path / "own.json"))
 
 
-def test_nothing_heavy_is_imported_and_it_is_quick(config: Config) -> None:
+def test_nothing_heavy_is_imported_and_it_is_quick(config: Stage1Config) -> None:
     code = (
         "import sys\n"
         "from stage1_dcr.checks import preflight\n"
@@ -256,8 +244,10 @@ def test_nothing_heavy_is_imported_and_it_is_quick(config: Config) -> None:
 
 def test_real_libraries_write_what_the_checks_read(tmp_path: Path) -> None:
     tiny = pytest.importorskip("tests.tiny_models")
-    config = Config(
-        tower=str(tiny.save_tiny_clip(tmp_path / "clip")), denoiser=str(tiny.save_tiny_denoiser(tmp_path / "d"))
+    config = Stage1Config(
+        data="mini",
+        tower=str(tiny.save_tiny_clip(tmp_path / "clip")),
+        denoiser=str(tiny.save_tiny_denoiser(tmp_path / "d")),
     )
     preflight(config)
     preflight(dataclasses.replace(config, tower=str(tiny.save_tiny_siglip(tmp_path / "siglip"))))

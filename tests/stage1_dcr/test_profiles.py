@@ -85,8 +85,8 @@ def test_the_step_makes_its_views_in_the_space_that_the_config_names(
 ):
     step = build(tiny_clip, tiny_denoiser, views=ViewConfig(space=space))
     seen = []
-    features = step._features
-    monkeypatch.setattr(step, "_features", lambda pixels: (seen.append(pixels), features(pixels))[1])
+    read = step._read
+    monkeypatch.setattr(step, "_read", lambda tower, pixels, **kw: (seen.append(pixels), read(tower, pixels, **kw))[1])
     inputs = batch()
     step(**inputs)
     pixels = inputs["images"].float() / 255
