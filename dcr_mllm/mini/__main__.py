@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     build.add_argument("--unet-steps", type=int)
     build.add_argument("--llm-steps", type=int)
     build.add_argument("--seed", type=int, default=0)
+    build.add_argument("--device", default="cpu", help="where the mini CLIP trains (default %(default)s)")
+    build.add_argument("--num-workers", type=int, default=0, help="processes that draw its scenes")
     benchmarks = commands.add_parser("benchmarks", help="draw mmvp_vlm/, mmvp/ and labelled/")
     benchmarks.add_argument("--out", type=Path, required=True)
     benchmarks.add_argument("--split", choices=("test", "validation"), default="test")
@@ -41,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.part in ("tower", "all"):
         clip_steps = options.clip_steps or builder.CLIP_STEPS
         detail_steps = options.detail_steps or builder.DETAIL_STEPS
-        builder.build_tower(options.out, clip_steps, detail_steps, options.seed)
+        where = {"device": options.device, "num_workers": options.num_workers}
+        builder.build_tower(options.out, clip_steps, detail_steps, options.seed, **where)
     if options.part in ("denoiser", "all"):
         vae_steps, unet_steps = options.vae_steps or builder.VAE_STEPS, options.unet_steps or builder.UNET_STEPS
         builder.build_denoiser(options.out, vae_steps, unet_steps, options.seed)

@@ -16,12 +16,20 @@ from dcr_mllm.mini.world import IMAGE_SIZE, draw, full_caption, random_scene
 from dcr_mllm.runs import hash_directory, package_versions, write_json_atomic
 
 WEIGHTS = Path(__file__).parent / "weights"
-CLIP_STEPS, DETAIL_STEPS, VAE_STEPS, UNET_STEPS, LLM_STEPS = 4500, 1500, 2000, 8000, 2000
+CLIP_STEPS, DETAIL_STEPS, VAE_STEPS, UNET_STEPS, LLM_STEPS = 4500, 6000, 2000, 8000, 2000
 
 
-def build_tower(out: Path, steps: int = CLIP_STEPS, detail_steps: int = DETAIL_STEPS, seed: int = 0) -> None:
+def build_tower(
+    out: Path,
+    steps: int = CLIP_STEPS,
+    detail_steps: int = DETAIL_STEPS,
+    seed: int = 0,
+    *,
+    device: str = "cpu",
+    num_workers: int = 0,
+) -> None:
     """Train the mini CLIP and write `out/tower` (fp16) and `out/curves/clip.json`."""
-    model, tokenizer, curve = train_clip(steps, detail_steps, seed)
+    model, tokenizer, curve = train_clip(steps, detail_steps, seed, device=device, num_workers=num_workers)
     model.half().save_pretrained(out / "tower")
     tokenizer.save_pretrained(out / "tower")
     build_image_processor().save_pretrained(out / "tower")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from dcr_mllm.log import get_logger
@@ -82,6 +83,27 @@ def scene_batches(
         yield to_pixels([draw(scene) for scene in scenes]), ids
 
 
+class CoarseBatches(Dataset):
+    """Batches of fresh training scenes with coarse captions: (uint8 pixels [B, 3, H, W], input ids [B, L]).
+
+    Batch i depends on the seed and on i alone, so that any number of workers draws the same ones.
+    """
+
+    def __init__(self, num_batches: int, batch_size: int, seed: int, detail_rate: float, tokenizer: CLIPTokenizer):
+        self.num_batches, self.batch_size, self.seed = num_batches, batch_size, seed
+        self.detail_rate, self.tokenizer = detail_rate, tokenizer
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng([self.seed, index])
+        scenes = [random_scene(rng, "train") for _ in range(self.batch_size)]
+        captions = [coarse_caption(scene, rng, self.detail_rate) for scene in scenes]
+        ids = self.tokenizer(captions, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+        return to_pixels([draw(scene) for scene in scenes]), ids.input_ids
+
+
 def learning_rate_factor(step: int, steps: int, warmup: int = 100) -> float:
     """Linear warm-up, then cosine to zero."""
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -95,17 +117,17 @@ def zero_shot_accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, split: str, n
     labels = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
     ids = tokenizer([f"a photo of a {label}" for label in labels], padding=True, return_tensors="pt")
     model.eval()
-    texts = model.get_text_features(**ids).pooler_output
-    pixels = normalise(to_pixels([draw(scene) for scene in scenes]))
+    texts = model.get_text_features(**ids.to(model.device)).pooler_output
+    pixels = normalise(to_pixels([draw(scene) for scene in scenes])).to(model.device)
     images = torch.cat([model.get_image_features(pixel_values=chunk).pooler_output for chunk in pixels.split(240)])
-    guesses = (images @ torch.nn.functional.normalize(texts, dim=-1).T).argmax(dim=-1)
+    guesses = (images @ torch.nn.functional.normalize(texts, dim=-1).T).argmax(dim=-1).cpu()
     model.train()
     truth = torch.tensor([labels.index(scene.label) for scene in scenes])
     return (guesses == truth).float().mean().item()
 
 
 def train_clip(
-    steps: int, detail_steps: int, seed: int, batch_size: int = 128
+    steps: int, detail_steps: int, seed: int, batch_size: int = 128, *, device: str = "cpu", num_workers: int = 0
 ) -> tuple[CLIPModel, CLIPTokenizer, list[dict]]:
     """Train the mini CLIP by the symmetric contrastive loss, in two parts.
 
@@ -117,18 +139,19 @@ def train_clip(
         detail_steps: Of the second part.
         seed: Of initialisation and scenes.
         batch_size: Scenes per step, each drawn afresh.
+        device: Where it trains.
+        num_workers: Processes that draw.
 
     Returns:
         The model, its tokenizer, and the curve: step, loss, zero-shot accuracy on validation scenes.
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(MAX_LENGTH)
-    model = build_clip(tokenizer)
-    curve = _train_part(model, tokenizer, steps, 0, seed, batch_size, detail_rate=0.15, learning_rate=1e-3)
-    curve += _train_part(
-        model, tokenizer, detail_steps, steps, seed + 1000, batch_size, detail_rate=0.5, learning_rate=5e-4
-    )
-    return model.eval(), tokenizer, curve
+    model = build_clip(tokenizer).to(device)
+    part = functools.partial(_train_part, model, tokenizer, batch_size=batch_size, num_workers=num_workers)
+    curve = part(steps, 0, seed, detail_rate=0.15, learning_rate=1e-3)
+    curve += part(detail_steps, steps, seed + 1000, detail_rate=0.5, learning_rate=5e-4)
+    return model.eval().cpu(), tokenizer, curve
 
 
 def _train_part(
@@ -137,8 +160,9 @@ def _train_part(
     steps: int,
     first_step: int,
     seed: int,
-    batch_size: int,
     *,
+    batch_size: int,
+    num_workers: int,
     detail_rate: float,
     learning_rate: float,
 ) -> list[dict]:
@@ -146,13 +170,13 @@ def _train_part(
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    caption = functools.partial(coarse_caption, detail_rate=detail_rate)
-    batches = scene_batches(batch_size, seed, caption, tokenizer, MAX_LENGTH)
+    batches = CoarseBatches(steps, batch_size, seed, detail_rate, tokenizer)
+    loader = DataLoader(batches, batch_size=None, num_workers=num_workers, prefetch_factor=8 if num_workers else None)
     curve: list[dict] = []
-    losses: list[float] = []
-    for step in range(1, steps + 1):
-        pixels, ids = next(batches)
-        loss = model(input_ids=ids, pixel_values=normalise(pixels), return_loss=True).loss
+    losses: list[Tensor] = []
+    for step, (pixels, ids) in enumerate(loader, start=1):
+        pixels = normalise(pixels).to(model.device)
+        loss = model(input_ids=ids.to(model.device), pixel_values=pixels, return_loss=True).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -160,10 +184,10 @@ def _train_part(
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        losses.append(loss.item())
+        losses.append(loss.detach())
         if step % 250 == 0 or step == steps:
             accuracy = zero_shot_accuracy(model, tokenizer, "validation")
-            curve.append({"step": first_step + step, "loss": float(np.mean(losses)), "zero_shot": accuracy})
+            curve.append({"step": first_step + step, "loss": torch.stack(losses).mean().item(), "zero_shot": accuracy})
             losses.clear()
             logger.info("clip step %d loss %.3f zero-shot %.3f", first_step + step, curve[-1]["loss"], accuracy)
     return curve
