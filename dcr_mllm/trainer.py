@@ -26,7 +26,7 @@ from transformers.trainer_utils import sort_checkpoints
 from dcr_mllm.bad_step import refuse_to_repeat
 from dcr_mllm.config import to_yaml
 from dcr_mllm.errors import UserError
-from dcr_mllm.hardware import HardwareConfig, tf32_argument
+from dcr_mllm.hardware import HardwareConfig, choose_tf32
 from dcr_mllm.launch import Launch, use_single_process_environment
 from dcr_mllm.log import get_logger
 from dcr_mllm.prefetch import Prefetcher
@@ -146,6 +146,7 @@ def stage_arguments(
         directory: Of its checkpoints.
         specific: Further arguments of `TrainingArguments`: batch, steps, learning rate, schedule, clipping.
     """
+    choose_tf32(config.hardware, launch.device)
     if launch.deepspeed is not None:
         use_single_process_environment()
     return TrainingArguments(
@@ -156,7 +157,6 @@ def stage_arguments(
         optim="adamw_torch",
         bf16=launch.precision == "bf16",
         use_cpu=launch.device == "cpu",
-        tf32=tf32_argument(config.hardware, launch.device),
         deepspeed=str(launch.deepspeed) if launch.deepspeed else None,
         logging_steps=config.log_every,
         logging_first_step=True,

@@ -38,6 +38,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from dcr_mllm.errors import UserError  # noqa: E402
+from dcr_mllm.hardware import set_tf32  # noqa: E402
 from dcr_mllm.runs import write_text_atomic  # noqa: E402
 from dcr_mllm.towers import ImageStatistics, VisionTower, add_lora, lora_config  # noqa: E402
 from scripts.measuring import PeakMemory, give_memory_back, machine  # noqa: E402
@@ -205,14 +206,12 @@ class Models:
     """The frozen denoiser with one variant's settings, and what the whole step needs beside it."""
 
     def __init__(self, options: argparse.Namespace, hardware: Stage1Hardware):
-        from transformers.utils.import_utils import enable_tf32
-
         self.device = torch.device(options.device)
         self.hardware = hardware
         self.dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
         torch.manual_seed(0)
         if self.device.type == "cuda":
-            enable_tf32(hardware.tf32)
+            set_tf32(hardware.tf32)
         choose_attention(hardware.attention)
         self.denoiser = self._denoiser(options)
         prepare_denoiser(self.denoiser, hardware)

@@ -20,10 +20,14 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """See `stage1_dcr.objective.Predict`."""
 
 
+def _records_beside_threads() -> bool:
+    return "capture_error_mode" in inspect.signature(torch.cuda.make_graphed_callables).parameters
+
+
 def require_recording() -> None:
     """Refuse releases of PyTorch that can only record while no thread of the process calls CUDA: the one that pins
     batches does, and the error would end the run."""
-    if "capture_error_mode" not in inspect.signature(torch.cuda.make_graphed_callables).parameters:
+    if not _records_beside_threads():
         raise UserError(
             "hardware.cuda_graphs needs a PyTorch whose torch.cuda.make_graphed_callables takes capture_error_mode, as "
             f"2.14 does; this is {torch.__version__}: upgrade it or leave hardware.cuda_graphs out."
@@ -31,11 +35,15 @@ def require_recording() -> None:
 
 
 def record(predict: Predict, inputs: tuple[Tensor, ...]) -> Predict:
-    """Record forward and backward pass for inputs like these; what comes back copies its arguments in and replays."""
+    """Record forward and backward pass for inputs like these; what comes back copies its arguments in and replays.
+
+    Where `require_recording` would refuse, no other thread of the process may call CUDA meanwhile.
+    """
+    mode = {"capture_error_mode": "thread_local"} if _records_beside_threads() else {}
     samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
     # PyTorch refuses to record while autocast caches its casts; the denoiser runs without autocast anyway.
     with torch.autocast("cuda", enabled=False):
-        return torch.cuda.make_graphed_callables(predict, samples, capture_error_mode="thread_local")
+        return torch.cuda.make_graphed_callables(predict, samples, **mode)
 
 
 class RecordedPredict:

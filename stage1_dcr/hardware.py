@@ -54,15 +54,12 @@ def prepare_denoiser(denoiser: Denoiser, hardware: Stage1Hardware) -> None:
     """Apply the settings to a denoiser, once, on any device; it may be moved afterwards, before its first use."""
     import torch
 
-    from stage1_dcr.graphs import require_recording
-
     if hardware.channels_last:
         for module in denoiser.modules().values():
             module.to(memory_format=torch.channels_last)
     if hardware.compile:
         compile_blocks(denoiser.modules()["unet"])
     if hardware.cuda_graphs:
-        require_recording()
         denoiser.record_graphs()
 
 

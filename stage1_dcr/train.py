@@ -32,6 +32,7 @@ from dcr_mllm.towers import (
 )
 from stage1_dcr.config import Phase, Stage1Config
 from stage1_dcr.denoiser import Denoiser
+from stage1_dcr.graphs import require_recording
 from stage1_dcr.hardware import choose_attention, prepare_denoiser
 from stage1_dcr.images import StreamPosition, fingerprint, make_loader
 from stage1_dcr.profiles import OPENAI_MEAN, OPENAI_STD, known_defects
@@ -63,6 +64,8 @@ class Stage1:
 
     def load_denoiser(self) -> Denoiser:
         """The frozen denoiser, on the CPU."""
+        if self.config.hardware.cuda_graphs:
+            require_recording()
         denoiser = Denoiser.load(
             self.denoiser_path, device="cpu", dtype=self.dtype, prediction_type=self.config.prediction_type
         )

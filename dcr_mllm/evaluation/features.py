@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dcr_mllm.errors import UserError
+from dcr_mllm.hardware import exact_fp32
 from dcr_mllm.headers import TowerSummary
 from dcr_mllm.log import get_logger
 
@@ -183,7 +184,8 @@ class DualEncoder:
             inputs = {"input_ids": encoded["input_ids"].to(self.device)}
             if not self.kind.pad_to_max_length:
                 inputs["attention_mask"] = encoded["attention_mask"].to(self.device)
-            pooled = self._model.get_text_features(**inputs).pooler_output
+            with exact_fp32():
+                pooled = self._model.get_text_features(**inputs).pooler_output
             embeddings.append(normalize(pooled, dim=-1).cpu().numpy())
         if num_cut:
             logger.warning("%s: %d of %d texts are cut at %d tokens.", self.path, num_cut, len(unique), max_length)
@@ -229,8 +231,7 @@ class DualEncoder:
         rng = np.random.default_rng(seed)
         projected, pooled, classes, patches = [], [], [], []
         done = 0
-        # TF32 convolutions are on by default and are not fp32.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_fp32():
             for pixels in self._pixel_batches(files, unreadable):
                 num_kept = min(max(num_token_images - done, 0), len(pixels))
                 output = self._model.vision_model(pixel_values=pixels, output_hidden_states=num_kept > 0)

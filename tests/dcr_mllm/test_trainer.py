@@ -105,11 +105,20 @@ def test_batches_come_through_the_prefetcher_where_it_is_asked_for(tmp_path: Pat
     assert (found.loader if prefetch else found) is loader
 
 
-@pytest.mark.parametrize("device, tf32", [("cpu", None), ("cuda", False)])
-def test_tf32_is_decided_and_not_left_to_pytorch(tmp_path: Path, device: str, tf32: bool | None):
-    """PyTorch's default has convolutions in TF32 and products not; on CUDA the Trainer is told."""
+@pytest.mark.parametrize("device, tf32", [("cpu", True), ("cuda", False)])
+def test_tf32_is_decided_and_not_left_to_pytorch(tmp_path: Path, device: str, tf32: bool):
+    """PyTorch's default has convolutions in TF32 and products not; on CUDA both are set, and not by the Trainer."""
     from stage1_dcr.config import Stage1Config
 
     config = Stage1Config(tower="a", denoiser="b", report_to="none")
     launch = Launch(device=device, num_processes=1, precision="fp32", deepspeed=None)
-    assert stage_arguments(config, launch, "tower", tmp_path).tf32 is tf32
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        assert stage_arguments(config, launch, "tower", tmp_path).tf32 is None
+        assert [switch.allow_tf32 for switch in switches] == [tf32, tf32]
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value

@@ -42,11 +42,10 @@ def step(denoiser, size, device, rows_per_chunk):
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 4])
 def test_same_as_on_the_cpu(directory, rows_per_chunk):
-    from transformers.utils.import_utils import enable_tf32
-
+    from dcr_mllm.hardware import set_tf32
     from stage1_dcr.denoiser import Denoiser
 
-    enable_tf32(False)
+    set_tf32(False)
     expected_loss, expected = step(Denoiser.load(directory), 6, "cpu", 1)
     loss, grads = step(Denoiser.load(directory, device="cuda"), 6, "cuda", rows_per_chunk)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-5)

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 
 @pytest.fixture(autouse=True)
 def fp32_is_fp32():
-    from transformers.utils.import_utils import enable_tf32
+    from dcr_mllm.hardware import set_tf32
 
-    enable_tf32(False)
+    set_tf32(False)
 
 
 def test_channels_last(tiny_denoiser: Path):
@@ -122,8 +122,9 @@ def test_flash_attention_in_bf16():
 
 
 def test_losses_do_not_use_tf32():
-    from transformers.utils.import_utils import enable_tf32, is_torch_tf32_available
+    from transformers.utils.import_utils import is_torch_tf32_available
 
+    from dcr_mllm.hardware import set_tf32
     from stage1_dcr.objective import contrast
 
     if not is_torch_tf32_available():
@@ -132,9 +133,9 @@ def test_losses_do_not_use_tf32():
     matrix = torch.randn(256, 256, device="cuda")
     results = []
     for tf32 in (False, True):
-        enable_tf32(tf32)
+        set_tf32(tf32)
         results.append((contrast(predictions, predictions[:, 0], rows, tau=0.1)[1], matrix @ matrix))
-    enable_tf32(False)
+    set_tf32(False)
     (exact_loss, exact_product), (loss, product) = results
     assert torch.equal(loss, exact_loss) and not torch.equal(product, exact_product)
 

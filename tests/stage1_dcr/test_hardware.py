@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcr_mllm.config import load_config
 from dcr_mllm.errors import UserError
-from dcr_mllm.hardware import tf32_argument, warn_ignored
+from dcr_mllm.hardware import choose_tf32, exact_fp32, set_tf32, warn_ignored
 from dcr_mllm.runs import open_run
 from stage1_dcr.config import Stage1Config
 from stage1_dcr.denoiser import Denoiser
 from stage1_dcr.hardware import Stage1Hardware, choose_attention, prepare_denoiser
 from stage1_dcr.objective import auto_rows_per_chunk
+from stage1_dcr.train import Stage1
 from stage2_llava.config import Stage2Hardware
 from tests.stage1_dcr import hardware_cases as cases
 from tests.stage1_dcr.test_step import batch, build
@@ -64,8 +66,9 @@ def test_recording_is_for_cuda_only(tiny_denoiser: Path):
 
 def test_recording_is_refused_where_other_threads_would_spoil_it(tiny_denoiser: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda callables, sample_args, num_warmup_iters=3: None)
+    config = Stage1Config(tower="-", denoiser="-", hardware=Stage1Hardware(cuda_graphs=True))
     with pytest.raises(UserError, match="hardware.cuda_graphs needs a PyTorch"):
-        prepare_denoiser(Denoiser.load(tiny_denoiser), Stage1Hardware(cuda_graphs=True))
+        Stage1.load_denoiser(SimpleNamespace(config=config, denoiser_path=tiny_denoiser, dtype=torch.float32))
 
 
 class Kernels(TorchDispatchMode):
@@ -169,8 +172,18 @@ def test_ignored_settings_are_warned_of(caplog: pytest.LogCaptureFixture, monkey
     assert not caplog.records
 
 
-def test_tf32_is_refused_by_no_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    """The Trainer raises where TF32 is asked of an older GPU; here it is a warning."""
+@pytest.fixture
+def tf32():
+    """PyTorch's switches, which are put back: of products and of convolutions."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    yield lambda: tuple(switch.allow_tf32 for switch in switches)
+    for switch, value in zip(switches, before, strict=True):
+        switch.allow_tf32 = value
+
+
+def test_tf32_is_refused_by_no_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tf32):
+    """Asked of an older GPU, it is a warning."""
     from transformers.utils import import_utils
 
     for available in (True, False):
@@ -178,7 +191,32 @@ def test_tf32_is_refused_by_no_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pyte
         caplog.clear()
         monkeypatch.setattr(logging.getLogger("dcr_mllm"), "propagate", True)
         warn_ignored(Stage1Hardware(tf32=True), "cuda")
-        assert tf32_argument(Stage1Hardware(tf32=True), "cuda") is available
-        assert tf32_argument(Stage1Hardware(), "cuda") is False
+        choose_tf32(Stage1Hardware(tf32=True), "cuda")
+        assert tf32() == (available, available)
+        choose_tf32(Stage1Hardware(), "cuda")
+        assert tf32() == (False, False)
         assert ["Ampere" in record.getMessage() for record in caplog.records] == [True] * (not available)
-    assert tf32_argument(Stage2Hardware(), "cpu") is None
+    set_tf32(True)
+    choose_tf32(Stage2Hardware(tf32=False), "cpu")
+    assert tf32() == (True, True)
+
+
+def test_tf32_can_be_chosen_again_and_is_off_where_fp32_is_measured(tf32):
+    for on in (False, True, False, True):
+        set_tf32(on)
+        assert tf32() == (on, on)
+        with exact_fp32():
+            assert tf32() == (False, False)
+        assert tf32() == (on, on)
+
+
+def test_a_run_sets_tf32_and_nothing_else_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tf32):
+    """On CUDA, through the arguments of training; `TrainingArguments` itself must leave the switches alone."""
+    from dcr_mllm import hardware, trainer
+
+    monkeypatch.setattr(hardware, "_has_tf32", lambda: True)
+    config = Stage1Config(tower="-", denoiser="-", hardware=Stage1Hardware(tf32=True), report_to="none")
+    launch = trainer.Launch(device="cuda", num_processes=1, precision="fp32", deepspeed=None)
+    monkeypatch.setattr(trainer, "TrainingArguments", lambda **arguments: arguments)
+    arguments = trainer.stage_arguments(config, launch, "tower", tmp_path)
+    assert tf32() == (True, True) and "tf32" not in arguments
