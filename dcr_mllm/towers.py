@@ -75,15 +75,16 @@ class VisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels [B, 3, S, S] -> class embedding [B, width]."""
-        return self._project(self.vision_model(pixel_values=pixel_values).pooler_output)
+        return self.project(self.vision_model(pixel_values=pixel_values).pooler_output)
 
     def with_patches(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Class embedding [B, width] and patch tokens [B, P, hidden_size] of `LLAVA_LAYER`."""
         output = self.vision_model(pixel_values=pixel_values, output_hidden_states=True)
         patches = output.hidden_states[LLAVA_LAYER][:, int(self.has_class_token) :]
-        return self._project(output.pooler_output), patches
+        return self.project(output.pooler_output), patches
 
-    def _project(self, pooled: Tensor) -> Tensor:
+    def project(self, pooled: Tensor) -> Tensor:
+        """What the vision model pools, [B, hidden_size] -> class embedding [B, width]."""
         return pooled if self.visual_projection is None else self.visual_projection(pooled)
 
 

@@ -18,7 +18,7 @@ from stage1_dcr.negatives import Gather, gather_conditions
 from stage1_dcr.objective import auto_rows_per_chunk, dcr_loss, reconstruction_loss
 from stage1_dcr.projector import Projector
 from stage1_dcr.timesteps import by_timestep, draw_timesteps
-from stage1_dcr.views import augment, normalise, resize
+from stage1_dcr.views import normalise, resize, view_of
 
 if TYPE_CHECKING:
     from stage1_dcr.config import Stage1Config
@@ -229,10 +229,7 @@ class TrainingStep(nn.Module):
 
     def _view(self, pixels: Tensor, normalised: Tensor, view_params: Tensor) -> Tensor:
         """The positive view of pixels in [0, 1], normalised."""
-        views = self._config.views
-        if views.space == "normalised":
-            return augment(normalised, view_params, views.interpolation)
-        return self._normalise(augment(pixels, view_params, views.interpolation))
+        return view_of(pixels, normalised, view_params, self._config.views, self._statistics)
 
     def _read(self, tower: VisionTower, normalised: Tensor, *, trains: bool) -> TowerFeatures:
         """Normalised pixels through a tower; no graph where it is frozen."""

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from stage1_dcr.view_config import ViewConfig
+
+if TYPE_CHECKING:
+    from dcr_mllm.towers import ImageStatistics
 
 # The columns of a parameter vector. The crop box is relative to the image, so the vector holds at every resolution.
 VIEW_PARAMS = (
@@ -110,6 +114,23 @@ def augment(images: Tensor, params: Tensor, interpolation: str = "bicubic") -> T
     view = _blend(view, _grey(view), saturation)
     view = torch.where(hue == 0, view, _shift_hue(view, hue))
     return _crop(view, params, interpolation)
+
+
+def view_of(
+    pixels: Tensor, normalised: Tensor, params: Tensor, config: ViewConfig, statistics: ImageStatistics
+) -> Tensor:
+    """The positive view as the tower takes it, normalised.
+
+    Args:
+        pixels: [B, 3, S, S] in [0, 1].
+        normalised: the same, normalised by `statistics`.
+        params: [B, P] from `draw_view_params`.
+        config: says which of the two is augmented.
+        statistics: of the tower's pixels.
+    """
+    if config.space == "normalised":
+        return augment(normalised, params, config.interpolation)
+    return normalise(augment(pixels, params, config.interpolation), statistics.mean, statistics.std)
 
 
 def _grey(images: Tensor) -> Tensor:
