@@ -143,6 +143,12 @@ def deepspeed_file(value: str) -> Path | None:
     return path
 
 
+def zero_stage(file: Path) -> tuple[int, dict]:
+    """Stage and settings of a DeepSpeed JSON."""
+    settings = read_json(file).get("zero_optimization") or {}
+    return int(settings.get("stage", 0)), settings
+
+
 def start_processes(num_processes: int, module: str, argv: list[str]) -> None:
     """Replace this process by `torchrun --standalone` with the same command; returns only if one process is enough.
 

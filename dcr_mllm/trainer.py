@@ -313,12 +313,15 @@ class LossOnTheBar(ProgressCallback):
 
 def cut_metrics(file: Path, phase: str, step: int) -> None:
     """Drop the lines of a phase that lie after a step: a resumed run writes them again."""
+    cut_lines(file, lambda record: record["phase"] != phase or record["step"] <= step)
+
+
+def cut_lines(file: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Keep some lines of a file of JSON lines, and not the last one if a kill has left only a part of it."""
     if not file.is_file():
         return
-    lines = file.read_text().splitlines()
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    kept = [record for record in records if record["phase"] != phase or record["step"] <= step]
-    write_text_atomic(file, "".join(json.dumps(record) + "\n" for record in kept))
+    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    write_text_atomic(file, "".join(line for line in lines if keep(json.loads(line))))
 
 
 def gathered_trainable_state(trainer: Trainer) -> dict[str, Tensor]:

@@ -7,12 +7,10 @@ them over the processes, ZeRO 2 the gradients too, ZeRO 3 all weights of the tra
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from torch import nn
 
-from dcr_mllm.headers import read_json
-from dcr_mllm.launch import Launch
+from dcr_mllm.launch import Launch, zero_stage
 
 TRAINED, FROZEN_BESIDE, GRADIENTS, OPTIMIZER, BUCKETS = (
     "trained weights",
@@ -63,12 +61,6 @@ def parameter_memory(module: nn.Module, launch: Launch) -> dict[str, int]:
         OPTIMIZER: 0 if "offload_optimizer" in offloaded else 12 * trained // processes,
         BUCKETS: buckets,
     }
-
-
-def zero_stage(file: Path) -> tuple[int, dict]:
-    """Stage and settings of a DeepSpeed JSON."""
-    settings = read_json(file).get("zero_optimization") or {}
-    return int(settings.get("stage", 0)), settings
 
 
 def checkpoint_bytes(module: nn.Module, launch: Launch) -> int:

@@ -18,7 +18,7 @@ from dcr_mllm.denoiser_headers import DenoiserSummary, denoiser_summary
 from dcr_mllm.errors import UserError
 from dcr_mllm.fits import check_projector, check_sizes
 from dcr_mllm.headers import TowerSummary, resolve_weights, tower_summary
-from dcr_mllm.launch import deepspeed_file
+from dcr_mllm.launch import deepspeed_file, zero_stage
 from dcr_mllm.patterns import expand_braces
 from stage1_dcr.config import Stage1Config
 from stage1_dcr.profiles import OPENAI_MEAN, OPENAI_STD, known_defects
@@ -60,7 +60,9 @@ def preflight(config: Any) -> list[str]:
     notes += check_data(config.data)
     notes += ignored_settings(config)
     notes += known_defects(config, tower, denoiser)
-    deepspeed_file(config.deepspeed)
+    file = deepspeed_file(config.deepspeed)
+    if config.diagnose_every and file is not None:
+        check_diagnostics(file)
     return notes
 
 
@@ -80,6 +82,7 @@ def ignored_settings(config: Any) -> list[str]:
         "keep_close": "" if config.tower_steps else "it belongs to the tower phase, which has no steps",
         "keep_close_tokens": "" if config.keep_close else "keep_close is 0",
         "keep_close_distance": "" if config.keep_close else "keep_close is 0",
+        "diagnose_every": "" if config.tower_steps else "there is no tower phase",
         "select": "" if config.tower_steps else "there is no tower phase",
         "validation": "" if config.tower_steps else "there is no tower phase",
         **dict.fromkeys(
@@ -92,6 +95,18 @@ def ignored_settings(config: Any) -> list[str]:
         for name, reason in reasons.items()
         if reason and getattr(config, name) != defaults[name]
     ]
+
+
+def check_diagnostics(deepspeed: Path) -> None:
+    """Refuses diagnostics under ZeRO 3, which takes weights and gradients apart over the processes.
+
+    There, `engine.backward` raises after `torch.autograd.grad` on the same graph (DeepSpeed 0.19).
+    """
+    if zero_stage(deepspeed)[0] == 3:
+        raise UserError(
+            f"diagnose_every cannot be used with ZeRO 3, which {deepspeed} asks for: set deepspeed to zero2, or "
+            "diagnose_every to 0"
+        )
 
 
 def check_tower(tower: TowerSummary) -> list[str]:

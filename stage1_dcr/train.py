@@ -203,6 +203,10 @@ def run_phase(stage: Stage1, phase: Phase, projector: Projector, run: Run, data:
         replay="stage1_dcr.replay",
         learning_rates={"projector.": config.projector_learning_rate} if phase == "tower" else None,  # end to end
     )
+    if phase == "tower" and config.diagnose_every:
+        from stage1_dcr.diagnose import DIAGNOSTICS, Diagnose
+
+        trainer.add_callback(Diagnose(module, stage, run.path / DIAGNOSTICS, data))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = gathered_trainable_state(trainer)
     trainer.accelerator.free_memory()

@@ -251,3 +251,14 @@ def test_real_libraries_write_what_the_checks_read(tmp_path: Path) -> None:
     )
     preflight(config)
     preflight(dataclasses.replace(config, tower=str(tiny.save_tiny_siglip(tmp_path / "siglip"))))
+
+
+def test_no_diagnostics_under_zero_3(config: Stage1Config, tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text('{"gradient_clipping": 1.0, "zero_optimization": {"stage": 3}}')
+    for deepspeed in ("zero3", "zero3_offload", str(own)):
+        message = "diagnose_every cannot be used with ZeRO 3.*set deepspeed to zero2, or diagnose_every to 0"
+        refused(config, message, deepspeed=deepspeed, diagnose_every=5)
+        preflight(dataclasses.replace(config, deepspeed=deepspeed))
+    for deepspeed in ("auto", "none", "zero1", "zero2", "zero2_offload"):
+        preflight(dataclasses.replace(config, deepspeed=deepspeed, diagnose_every=5))
