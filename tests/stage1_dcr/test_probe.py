@@ -141,14 +141,14 @@ def test_probe_against_the_full_model(kind: str, request: pytest.FixtureRequest)
 
 def test_patches_are_no_class_token_and_the_same_at_every_look(tiny_clip: Path):
     base, tower, statistics = towers(tiny_clip)
-    probe = Probe(images(3), base, tower, statistics, ViewConfig())
+    probe = Probe(images(), base, tower, statistics, ViewConfig())
     look = probe.look(base)
-    assert look.class_tokens is not None and look.class_tokens.shape[1:] == (3, 32)
-    assert look.patch_tokens.shape == (4, 3, 8, 32)
+    assert look.class_tokens is not None and look.class_tokens.shape[1:] == (37, 32)
+    assert look.patch_tokens.shape == (4, 37, 8, 32)
     states = base.vision_model(
-        pixel_values=probe._inputs(slice(0, 3), look.embeddings)[0], output_hidden_states=True
+        pixel_values=probe._inputs(slice(0, 37), look.embeddings)[0], output_hidden_states=True
     ).hidden_states
-    for image in range(3):
+    for image in range(37):
         distances = torch.cdist(look.patch_tokens[0, image], states[0][image, 1:])
         nearest = distances.argmin(dim=1)
         assert distances.min(dim=1).values.max() < 1e-4 and len(set(nearest.tolist())) == 8
