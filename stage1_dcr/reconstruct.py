@@ -24,6 +24,7 @@ from dcr_mllm.headers import read_json, resolve_weights, tower_summary
 from dcr_mllm.log import get_logger
 from dcr_mllm.runs import CONFIG_FILE, PROVENANCE_FILE, hash_directory, package_versions, write_json_atomic
 from stage1_dcr.checks import check_denoiser, check_tower
+from stage1_dcr.config import Condition, Stage1Config
 from stage1_dcr.profiles import OPENAI_MEAN, OPENAI_STD
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ NUM_TIMES = 20  # of the loss, spread evenly over the schedule
 
 @dataclass(kw_only=True, frozen=True)
 class Parts:
-    """What is between a tower and a picture, and how it was trained.
+    """What is between a tower and a picture.
 
     Attributes:
         towers: Name -> directory.
@@ -46,7 +47,8 @@ class Parts:
         origin: The name of the tower whose run it is from; None where it was given.
         denoiser: Its directory.
         size: Pixels per side that the autoencoder sees.
-        settings: Of the run that trained the projector, as its files have them; empty where it is not known.
+        condition: What of a tower the projector reads.
+        normalisation: Of the tower's pixels, as in the training of the projector.
     """
 
     towers: dict[str, Path]
@@ -54,7 +56,8 @@ class Parts:
     origin: str | None
     denoiser: Path
     size: int
-    settings: Mapping[str, Any]
+    condition: Condition = "class"
+    normalisation: str = "tower"
 
 
 def projector_of(tower: Path) -> Path | None:
@@ -96,10 +99,13 @@ def find_parts(towers: Mapping[str, str | Path], *, projector: str | None, denoi
     denoiser_path = resolve_weights(model, "denoiser")
     summary = denoiser_summary(denoiser_path)
     check_denoiser(summary)
+    condition = settings.get("condition", "class")
+    trained = Stage1Config(tower="", denoiser=model, condition=condition)
     summaries = {name: tower_summary(path) for name, path in paths.items()}
     for tower in summaries.values():
         check_tower(tower)
-        check_projector(chosen, tower.width, summary.cross_attention_dim)
+        width = trained.condition_width(embedding_width=tower.width, hidden_size=tower.hidden_size)
+        check_projector(chosen, width, summary.cross_attention_dim)
     stored = read_json(chosen / "config.json").get("denoiser_hash")
     if stored is None:
         logger.warning("%s does not say which denoiser it was trained for; %s is taken", chosen, denoiser_path)
@@ -112,7 +118,13 @@ def find_parts(towers: Mapping[str, str | Path], *, projector: str | None, denoi
     size = settings.get("diffusion_size") or first.image_size
     check_sizes(first, summary, None, size)
     return Parts(
-        towers=paths, projector=chosen, origin=origin, denoiser=denoiser_path, size=size, settings=settings
+        towers=paths,
+        projector=chosen,
+        origin=origin,
+        denoiser=denoiser_path,
+        size=size,
+        condition=condition,
+        normalisation=settings.get("normalisation", "tower"),
     )
 
 
@@ -202,7 +214,7 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     first_noise = torch.randn(denoiser.latent_shape(parts.size), generator=generator)
     noise = torch.randn(len(images), NUM_TIMES, *denoiser.latent_shape(parts.size), generator=generator)
-    conditions = {name: _conditions(path, projector, pixels, parts.settings) for name, path in parts.towers.items()}
+    conditions = {name: conditions_of(path, projector, pixels, parts) for name, path in parts.towers.items()}
     nothing = torch.zeros_like(next(iter(conditions.values())))
 
     rows = {"original": small, "autoencoder": decode(decoder, latents)}
@@ -229,19 +241,22 @@ def reconstruct(
     return rows, losses
 
 
-def _conditions(path: Path, projector: Projector, pixels: Tensor, settings: Mapping[str, Any]) -> Tensor:
+def conditions_of(tower: Path, projector: Projector, pixels: Tensor, parts: Parts) -> Tensor:
     """Conditions [N, D] of pixels [N, 3, S, S] in [0, 1], made as in the training of the projector."""
     import torch
 
     from dcr_mllm.towers import image_statistics, load_full_model, vision_tower
+    from stage1_dcr.condition import projector_input, read_tower
     from stage1_dcr.views import normalise, resize
 
-    statistics = image_statistics(path)
-    if settings.get("normalisation") == "openai":
+    statistics = image_statistics(tower)
+    if parts.normalisation == "openai":
         statistics = dataclasses.replace(statistics, mean=OPENAI_MEAN, std=OPENAI_STD)
-    tower = vision_tower(load_full_model(path)).to(pixels.device)
+    model = vision_tower(load_full_model(tower)).to(pixels.device)
+    normalised = normalise(resize(pixels, statistics.size), statistics.mean, statistics.std)
     with torch.inference_mode():
-        return projector(tower(normalise(resize(pixels, statistics.size), statistics.mean, statistics.std)))
+        features = read_tower(model, normalised, patches=parts.condition != "class")
+        return projector(projector_input(features, parts.condition))
 
 
 def loss_table(losses: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
@@ -336,7 +351,7 @@ def _main(options: argparse.Namespace) -> None:
     images, keys, skipped = read_images(options.images, limit=options.limit, size=size)
     print(f"images: {len(keys)} of {options.images}, {len(skipped)} broken ones skipped")
     print(f"projector, for every tower: {parts.projector}" + (f" (of {parts.origin})" if parts.origin else ""))
-    print(f"denoiser: {parts.denoiser}, {parts.size} px", flush=True)
+    print(f"condition: {parts.condition}; denoiser: {parts.denoiser}, {parts.size} px", flush=True)
     rows, losses = reconstruct(
         parts,
         images,
@@ -351,6 +366,7 @@ def _main(options: argparse.Namespace) -> None:
         "options": {name: value for name, value in vars(options).items() if name not in ("out", "images")},
         "towers": {name: {"path": path, "sha256": hash_directory(path)} for name, path in parts.towers.items()},
         "projector": {"path": parts.projector, "of": parts.origin, "sha256": hash_directory(parts.projector)},
+        "condition": parts.condition,
         "denoiser": {"path": parts.denoiser, "sha256": hash_directory(parts.denoiser), "size": parts.size},
         "images": {"source": options.images, "keys": keys, "skipped": skipped},
         "loss": {
