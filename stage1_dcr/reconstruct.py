@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+_OUR_NAMES = {"epsilon": "epsilon", "v_prediction": "velocity"}
 NUM_TIMES = 20  # of the loss, spread evenly over the schedule
 
 
@@ -46,6 +47,8 @@ class Parts:
         projector: Its directory.
         origin: The name of the tower whose run it is from; None where it was given.
         denoiser: Its directory.
+        denoiser_hash: See `dcr_mllm.runs.hash_directory`.
+        prediction_type: What the UNet outputs, where its scheduler is known to be wrong.
         size: Pixels per side that the autoencoder sees.
         condition: What of a tower the projector reads.
         normalisation: Of the tower's pixels, as in the training of the projector.
@@ -55,6 +58,8 @@ class Parts:
     projector: Path
     origin: str | None
     denoiser: Path
+    denoiser_hash: str
+    prediction_type: str | None = None
     size: int
     condition: Condition = "class"
     normalisation: str = "tower"
@@ -69,13 +74,20 @@ def projector_of(tower: Path) -> Path | None:
     return None if given is None else Path(given)
 
 
-def find_parts(towers: Mapping[str, str | Path], *, projector: str | None, denoiser: str | None) -> Parts:
+def find_parts(
+    towers: Mapping[str, str | Path],
+    *,
+    projector: str | None = None,
+    denoiser: str | None = None,
+    prediction_type: str | None = None,
+) -> Parts:
     """Projector and denoiser for some towers, checked against each other by their headers.
 
     Args:
         towers: Name -> tower directory, downloaded id or `mini`.
         projector: Directory; None: that of the first tower which was trained with one.
         denoiser: Directory, downloaded id or `mini`; None: the one that the projector was trained for.
+        prediction_type: epsilon or velocity; None: as the denoiser's scheduler says.
 
     Raises:
         UserError: One of them cannot be known and is not given, or they do not fit.
@@ -98,7 +110,15 @@ def find_parts(towers: Mapping[str, str | Path], *, projector: str | None, denoi
         raise UserError(f"which denoiser {chosen} was trained for is not known; give it with --denoiser DIR")
     denoiser_path = resolve_weights(model, "denoiser")
     summary = denoiser_summary(denoiser_path)
-    check_denoiser(summary)
+    check_denoiser(summary, prediction_type)
+    trained_as = settings.get("prediction_type")
+    if prediction_type is None and trained_as not in (None, _OUR_NAMES.get(summary.prediction_type)):
+        logger.warning(
+            "the run was trained as if the denoiser predicted %s; its scheduler says %s, which is what is drawn by "
+            "(--prediction-type overrides it)",
+            trained_as,
+            summary.prediction_type,
+        )
     condition = settings.get("condition", "class")
     trained = Stage1Config(tower="", denoiser=model, condition=condition)
     summaries = {name: tower_summary(path) for name, path in paths.items()}
@@ -106,10 +126,10 @@ def find_parts(towers: Mapping[str, str | Path], *, projector: str | None, denoi
         check_tower(tower)
         width = trained.condition_width(embedding_width=tower.width, hidden_size=tower.hidden_size)
         check_projector(chosen, width, summary.cross_attention_dim)
-    stored = read_json(chosen / "config.json").get("denoiser_hash")
+    stored, found = read_json(chosen / "config.json").get("denoiser_hash"), hash_directory(denoiser_path)
     if stored is None:
         logger.warning("%s does not say which denoiser it was trained for; %s is taken", chosen, denoiser_path)
-    elif (found := hash_directory(denoiser_path)) != stored:
+    elif found != stored:
         raise UserError(
             f"projector {chosen} was trained for another denoiser ({stored[:12]}...) than {denoiser_path} "
             f"({found[:12]}...), to which its conditions mean nothing; give the right one with --denoiser DIR"
@@ -122,6 +142,8 @@ def find_parts(towers: Mapping[str, str | Path], *, projector: str | None, denoi
         projector=chosen,
         origin=origin,
         denoiser=denoiser_path,
+        denoiser_hash=found,
+        prediction_type=prediction_type,
         size=size,
         condition=condition,
         normalisation=settings.get("normalisation", "tower"),
@@ -177,7 +199,6 @@ def reconstruct(
     guidance: float = 1.0,
     seed: int = 0,
     start: int | None = None,
-    prediction_type: str | None = None,
     device: str = "auto",
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, list[float]]]]:
     """Draw every image from every tower's condition, and measure what the conditions are worth.
@@ -187,7 +208,6 @@ def reconstruct(
         images: uint8 [N, 3, S, S], S the largest size that a tower or the autoencoder sees.
         steps, guidance, start: See `stage1_dcr.sampling.generate`.
         seed: Of the noise: one for all pictures, and others for the losses.
-        prediction_type: What the UNet outputs, where its scheduler is known to be wrong.
         device: auto, cpu or cuda.
 
     Returns:
@@ -203,7 +223,7 @@ def reconstruct(
     from stage1_dcr.views import resize
 
     place = pick_device(device)
-    denoiser = Denoiser.load(parts.denoiser, device=place, prediction_type=prediction_type)
+    denoiser = Denoiser.load(parts.denoiser, device=place, prediction_type=parts.prediction_type)
     sampler = load_sampler(parts.denoiser, denoiser.prediction_type)
     decoder = load_decoder(parts.denoiser, place)
     projector = Projector.load(parts.projector).eval().requires_grad_(False).to(place)
@@ -219,6 +239,7 @@ def reconstruct(
 
     rows = {"original": small, "autoencoder": decode(decoder, latents)}
     for label, condition in {"no condition": nothing, **conditions}.items():
+        logger.info("drawing: %s", label)
         drawn = generate(
             denoiser,
             sampler,
@@ -342,7 +363,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace) -> None:
     _check(options)
-    parts = find_parts(tower_names(options.towers), projector=options.projector, denoiser=options.denoiser)
+    parts = find_parts(
+        tower_names(options.towers),
+        projector=options.projector,
+        denoiser=options.denoiser,
+        prediction_type=options.prediction_type,
+    )
     _check_times(parts.denoiser, options.steps, options.start)
 
     from stage1_dcr.picture_grid import picture_grid, save_png
@@ -359,7 +385,6 @@ def _main(options: argparse.Namespace) -> None:
         guidance=options.guidance,
         seed=options.seed,
         start=options.start,
-        prediction_type=options.prediction_type,
         device=options.device,
     )
     report = {
@@ -367,7 +392,7 @@ def _main(options: argparse.Namespace) -> None:
         "towers": {name: {"path": path, "sha256": hash_directory(path)} for name, path in parts.towers.items()},
         "projector": {"path": parts.projector, "of": parts.origin, "sha256": hash_directory(parts.projector)},
         "condition": parts.condition,
-        "denoiser": {"path": parts.denoiser, "sha256": hash_directory(parts.denoiser), "size": parts.size},
+        "denoiser": {"path": parts.denoiser, "sha256": parts.denoiser_hash, "size": parts.size},
         "images": {"source": options.images, "keys": keys, "skipped": skipped},
         "loss": {
             "num_times": NUM_TIMES,

@@ -99,7 +99,7 @@ def test_same_noise_everywhere(run, folder, tiny_clip, tmp_path):
     """A seed decides the pictures, and what is drawn differs by tower alone."""
     shutil.copytree(run / "tower", tmp_path / "twin")
     towers = {"a": run / "tower", "twin": tmp_path / "twin", "base": tiny_clip}
-    parts = find_parts(towers, projector=None, denoiser=None)
+    parts = find_parts(towers)
     images, _, _ = read_images(folder, limit=3, size=32)
     rows, losses = reconstruct(parts, images, steps=STEPS)
     again, _ = reconstruct(parts, images, steps=STEPS)
@@ -169,6 +169,19 @@ def test_start_as_image_to_image(denoiser, frozen):
     torch.testing.assert_close(decode(decoder, drawn), expected, atol=2e-4, rtol=0)
 
 
+def test_sampler_of_other_schedulers(denoiser, tmp_path):
+    """Whatever sampler the files name, latents are not clipped and the noise schedule is theirs."""
+    shutil.copytree(denoiser / "scheduler", tmp_path / "scheduler")
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    stored = json.loads(file.read_text())
+    del stored["clip_sample"], stored["prediction_type"]
+    file.write_text(json.dumps(stored | {"_class_name": "EulerDiscreteScheduler", "beta_end": 0.02}))
+    sampler = load_sampler(tmp_path, "velocity")
+    assert not sampler.config.clip_sample and sampler.config.prediction_type == "v_prediction"
+    betas = torch.linspace(0.00085**0.5, 0.02**0.5, 1000, dtype=torch.float64) ** 2
+    torch.testing.assert_close(sampler.alphas_cumprod.double(), (1 - betas).cumprod(0), atol=1e-5, rtol=1e-4)
+
+
 def test_losses_by_hand(denoiser, frozen):
     """The loss from parts of diffusers, image by image and time by time; more images than run at a time."""
     from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -194,7 +207,7 @@ def test_losses_by_hand(denoiser, frozen):
 
 def test_other_is_the_next_image(run, folder):
     """`other` is the loss under the next image's condition, and there is none for a single image."""
-    parts = find_parts({"a": run / "tower"}, projector=None, denoiser=None)
+    parts = find_parts({"a": run / "tower"})
     images, _, _ = read_images(folder, limit=2, size=32)
     _, losses = reconstruct(parts, images, steps=1)
     model = Denoiser.load(parts.denoiser)
@@ -236,6 +249,7 @@ def test_conditions_as_trained(condition, normalisation, tiny_clip, tmp_path):
         projector=tmp_path,
         origin=None,
         denoiser=tmp_path,
+        denoiser_hash="",
         size=32,
         condition=condition,
         normalisation=normalisation,
@@ -244,23 +258,27 @@ def test_conditions_as_trained(condition, normalisation, tiny_clip, tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_what_a_run_says(run, denoiser, tiny_clip, tmp_path):
+def test_what_a_run_says(run, denoiser, tiny_clip, tmp_path, caplog):
     """Projector, denoiser and condition are those of the run that trained the projector."""
-    assert find_parts({"base": tiny_clip, "a": run / "tower"}, projector=None, denoiser=None).origin == "a"
-    given = find_parts({"base": tiny_clip}, projector=str(run / "projector"), denoiser=None)
+    assert find_parts({"base": tiny_clip, "a": run / "tower"}).origin == "a"
+    given = find_parts({"base": tiny_clip}, projector=str(run / "projector"))
     assert given.denoiser == denoiser and given.origin is None, "the projector's run names its denoiser"
     other = tmp_path / "b"
     config = CONFIG | {"denoiser": str(denoiser), "condition": "pooled-patches@-2", "diffusion_size": 64}
     other.mkdir()
     (other / "config.yaml").write_text(yaml.safe_dump(config))
     save_projector(other / "projector", HIDDEN, denoiser)
-    parts = find_parts({"a": run / "tower"}, projector=str(other / "projector"), denoiser=None)
+    parts = find_parts({"a": run / "tower"}, projector=str(other / "projector"))
     assert (parts.condition, parts.size) == ("pooled-patches@-2", 64)
+    (other / "config.yaml").write_text(yaml.safe_dump(config | {"prediction_type": "epsilon"}))
+    with caplog.at_level("WARNING"):
+        find_parts({"a": run / "tower"}, projector=str(other / "projector"))
+    assert "as if the denoiser predicted epsilon" in caplog.text
     moved = tmp_path / "moved"
     shutil.copytree(run / "tower", moved)
     record = {"config": CONFIG | {"denoiser": str(denoiser), "projector": str(run / "projector")}}
     (moved / "provenance.json").write_text(json.dumps(record))
-    assert find_parts({"moved": moved}, projector=None, denoiser=None).projector == run / "projector"
+    assert find_parts({"moved": moved}).projector == run / "projector"
 
 
 def test_refusals(run, denoiser, tiny_clip, tiny_denoiser, folder, tmp_path, capsys):
