@@ -93,7 +93,7 @@ def find_parts(
         UserError: One of them cannot be known and is not given, or they do not fit.
     """
     paths = {name: resolve_weights(value, "tower") for name, value in towers.items()}
-    own = {name: found for name, path in paths.items() if (found := projector_of(path)) is not None}
+    own = {name: beside for name, path in paths.items() if (beside := projector_of(path)) is not None}
     if projector is None and not own:
         raise UserError(
             f"no projector is known for {' or '.join(map(str, paths.values()))}: none lies beside it in a run; "
