@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -108,15 +108,8 @@ class Denoiser:
             )
         # float16 overflows in the autoencoders of some models, and the encoder is a small part of the work.
         vae_dtype = torch.float32 if dtype == torch.float16 else dtype
-        vae, unet = (
-            kind.from_pretrained(
-                path, subfolder=part, torch_dtype=precision, use_safetensors=True, variant=_variant(directory / part)
-            )
-            for kind, part, precision in (
-                (AutoencoderKL, "vae", vae_dtype),
-                (UNet2DConditionModel, "unet", dtype),
-            )
-        )
+        vae = load_part(directory, "vae", AutoencoderKL, vae_dtype)
+        unet = load_part(directory, "unet", UNet2DConditionModel, dtype)
         denoiser = cls(
             vae,
             unet,
@@ -266,6 +259,13 @@ class Denoiser:
 
 
 repeat_rows = shared_prompt.repeat_each_row
+
+
+def load_part(directory: Path, part: str, kind: Any, dtype: torch.dtype) -> Any:
+    """The `vae` or `unet` of a Stable Diffusion directory, of the diffusers class `kind`."""
+    return kind.from_pretrained(
+        directory, subfolder=part, torch_dtype=dtype, use_safetensors=True, variant=_variant(directory / part)
+    )
 
 
 def encode_empty_prompt(path: str | Path) -> Tensor:
