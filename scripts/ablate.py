@@ -3,7 +3,8 @@
     python scripts/ablate.py [--only main|stage2|sweeps|tables] [--dry-run] [key=value ...]
 
 Every finished cell is a small file in docs/results/ablation/; the same command again runs what has none, also after a
-kill, and then makes docs/results/ablation.json, .md and .html from these files alone. The grid: scripts/ablation/grid.py.
+kill, and then makes docs/results/ablation.json, .md and .html from these files alone. scripts/ablation/grid.py is the
+grid.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def plan(cell: Cell, overrides: Sequence[str] = ()) -> Plan:
     own = {"objective": cell.objective, "seed": cell.seed}
     common = [*_arguments(SETTINGS), *overrides]
     tower = [*common, *_arguments({**BOOKKEEPING, **own, **cell.changes})]
-    wanted = _config([*tower, "projector=shared"])
+    wanted = _config(*tower, "projector=shared")
     projector = None
     if wanted.steps_of("projector"):
         of_projector = {key: value for key, value in cell.changes.items() if key in PROJECTOR_SETTINGS}
@@ -159,8 +159,9 @@ def plan(cell: Cell, overrides: Sequence[str] = ()) -> Plan:
         off = {"seed": cell.seed, "tower_steps": 0, "keep_close": 0.0, "evaluate": False, "report_to": "none"}
         projector = [*common, *_arguments({**of_projector, **off})]
         tower.append("projector_steps=0")
-    settings = {"tower": _config([*tower, "projector=shared"]), "projector": projector and _config(projector)}
-    return Plan({phase: config and settings_of(config) for phase, config in settings.items()}, tower, projector)
+        wanted = dataclasses.replace(wanted, projector_steps=0)
+    settings = {"tower": settings_of(wanted), "projector": projector and settings_of(_config(*projector))}
+    return Plan(settings, tower, projector)
 
 
 def settings_of(config: Stage1Config | Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +202,8 @@ def check_names(cells: Sequence[Cell]) -> None:
         raise UserError(f"the grid has {min(twice)} twice; take one of the two out of scripts/ablation/grid.py.")
 
 
-def _config(overrides: Sequence[str]) -> Stage1Config:
+@functools.cache
+def _config(*overrides: str) -> Stage1Config:
     return parse([CONFIG, *overrides])[1]
 
 

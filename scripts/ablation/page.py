@@ -1,0 +1,253 @@
+"""The tables as JSON, Markdown and one HTML file, from the records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dcr_mllm.runs import write_json_atomic, write_text_atomic
+from scripts.ablation.comparing import table
+from scripts.ablation.plots import sweep_plot, trade_off_plot
+from scripts.ablation.records import read_records
+from scripts.ablation.verdicts import NAMES, figures
+
+COLUMNS = ("pairs", "d_ability", "zero_shot", "knn", "nmi", "acc", "ari", "probes_mean")
+# The paper's names of what it compares, and ours.
+PAPER = {"naive_joint": "joint", "end_to_end": "dcr-end-to-end", "dcr_two_stage": "dcr"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with its title and a note below; cells are text."""
+
+    title: str
+    note: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def write_tables(out: Path, command: str) -> None:
+    """Writes `<out>.json`, `<out>.md` and `<out>.html` beside the folder of records.
+
+    Args:
+        out: Folder of records.
+        command: What made them, to stand in the tables.
+    """
+    found = table(read_records(out), command)
+    found |= {"columns": {name: NAMES[name] for name in COLUMNS}}
+    write_json_atomic(out.with_name(f"{out.name}.json"), found)
+    write_text_atomic(out.with_name(f"{out.name}.md"), as_markdown(found))
+    write_text_atomic(out.with_name(f"{out.name}.html"), as_html(found))
+    for entry in found["verdicts"]:
+        print(f"{entry['claim']}.\n  {entry['sentence']}")
+    print(f"tables: {', '.join(str(out.with_name(out.name + end)) for end in ('.json', '.md', '.html'))}")
+
+
+def facts(found: Mapping[str, Any]) -> list[str]:
+    """What stands above the tables."""
+    time, items = found["time"], found["items"]
+    lines = [
+        f"Command: `{found['command']}`{' with ' + ' '.join(found['overrides']) if found['overrides'] else ''}.",
+        f"Time: {_hours(time['wall_clock_seconds'])} by the clock while anything ran, "
+        f"{_hours(time['process_seconds'])} of processes; on {'; '.join(time['devices'])}.",
+        f"*Mini* numbers, {found['split']} split: {items['pairs']:,} pairs, {items['zero_shot']:,} images. P-Ability: "
+        "pairs that the tower's text side tells apart. D-Ability: mean of zero-shot, k-NN and NMI. In percent, "
+        "differences in points; intervals are 95 %.",
+    ]
+    if time["resumed_runs"]:
+        lines.append(f"{time['resumed_runs']} runs were killed and went on; what came before is not in their time.")
+    others = found["base"]["records_that_measured_otherwise"]
+    if others:
+        lines.append(f"{others} cells measured the base a little differently (other libraries or devices).")
+    return lines
+
+
+def sections(found: Mapping[str, Any]) -> list[Section]:
+    """All tables."""
+    made = [_main(found), _gains(found), _against_dcr(found), _patterns(found)]
+    made += [_stage2(found)] if found["stage2"]["rows"] else []
+    made += [_sweeps(found)] if found["sweeps"] else []
+    return [*made, _diagnostics(found), _paper(found)]
+
+
+def _main(found: Mapping[str, Any]) -> Section:
+    rows = [["untouched tower", "", *(f"{found['base'][name]:.2f}" for name in COLUMNS), ""]]
+    for entry in found["main"]:
+        values = [f"{entry[name]:.2f}" for name in COLUMNS]
+        rows.append([entry["objective"], str(entry["seed"]), *values, f"{entry['seconds']:.0f}"])
+    note = "Seconds of the tower phase and its measuring; a seed's projector is trained once for all that share it."
+    return Section("Every tower", note, ["objective", "seed", *(NAMES[name] for name in COLUMNS), "s"], rows)
+
+
+def _gains(found: Mapping[str, Any]) -> Section:
+    rows = []
+    for objective, entry in found["summary"].items():
+        tests = entry["exact_tests"]["pairs"]
+        exact = ", ".join(f"{test['gained']}:{test['lost']} ({_p(test['p_value'])})" for test in tests)
+        cells = [figures(entry["gain"][name]) for name in COLUMNS]
+        p_values = [_p(entry["gain"][name]["p_holm"]) for name in ("pairs", "d_ability")]
+        rows.append([objective, str(len(entry["seeds"])), *cells, *p_values, exact])
+    header = ["objective", "seeds", *(NAMES[name] for name in COLUMNS), "p Holm, P", "p Holm, D"]
+    note = (
+        "Mean over seeds, bootstrap over items and seeds (too narrow rather than too wide with few seeds); p-values "
+        "from the same draws, Holm over the objectives. Last column: pairs gained:lost by each seed, exact McNemar p."
+    )
+    return Section("Gain over the untouched tower", note, [*header, "pairs by seed"], rows)
+
+
+def _against_dcr(found: Mapping[str, Any]) -> Section:
+    rows = []
+    for objective, entry in found["summary"].items():
+        if entry["against_dcr"] is not None:
+            gains = entry["against_dcr"]
+            tests = entry["exact_tests_against_dcr"]["pairs"]
+            exact = ", ".join(f"{test['gained']}:{test['lost']} ({_p(test['p_value'])})" for test in tests)
+            p_values = [_p(gains[name]["p_holm"]) for name in ("pairs", "d_ability")]
+            rows.append([objective, *(figures(gains[name]) for name in COLUMNS), *p_values, exact])
+    header = ["objective", *(NAMES[name] for name in COLUMNS), "p Holm, P", "p Holm, D", "pairs by seed"]
+    return Section("Difference to dcr", "Each tower against that of dcr with the same seed.", header, rows)
+
+
+def _patterns(found: Mapping[str, Any]) -> Section:
+    patterns = list(found["base"]["pairs_per_pattern"])
+    objectives = list(found["summary"])
+    rows = []
+    for pattern in patterns:
+        cells = [f"{found['base']['pairs_per_pattern'][pattern]:.1f}"]
+        for objective in objectives:
+            values = [e["pairs_per_pattern"][pattern] for e in found["main"] if e["objective"] == objective]
+            cells.append(f"{sum(values) / len(values):.1f}")
+        rows.append([pattern, *cells])
+    return Section("Pairs by pattern", "Mean over seeds.", ["pattern", "untouched", *objectives], rows)
+
+
+def _stage2(found: Mapping[str, Any]) -> Section:
+    names = ("mmvp_pairs", "mmvp_single", "heldout", "heldout_blind")
+    rows = [
+        [e["tower"], str(e["seed"]), *(f"{e[name]:.2f}" for name in names), f"{e['seconds']:.0f}"]
+        for e in found["stage2"]["rows"]
+    ]
+    for tower, gains in found["stage2"]["gain"].items():
+        cells = [f"{figures(gains[n])} (p Holm {_p(gains[n]['p_holm'])})" if n in gains else "" for n in names]
+        rows.append([f"{tower} minus base", "all", *cells, ""])
+    note = "A LLaVA per tower and seed, with the same data in the same order; two guesses give 25 % of the pairs."
+    return Section("LLaVAs on the towers", note, ["tower", "seed", *(NAMES[name] for name in names), "s"], rows)
+
+
+def _sweeps(found: Mapping[str, Any]) -> Section:
+    rows = []
+    for entry in found["sweeps"]:
+        gains, against = entry["gain"], entry["against_default"]
+        cells = [figures(gains[name]) for name in ("pairs", "d_ability", "zero_shot", "knn", "nmi", "probes_mean")]
+        rest = ["", "", ""]
+        if against is not None:
+            exact = _p(entry["exact_tests_against_default"]["pairs"]["p_value"])
+            rest = [figures(against["pairs"]), exact, figures(against["d_ability"])]
+        rows.append([entry["factor"], entry["label"], *cells, *rest])
+    names = [NAMES[name] for name in ("pairs", "d_ability", "zero_shot", "knn", "nmi", "probes_mean")]
+    note = (
+        "Gain over the untouched tower, and difference to the default of the same seed (p: exact McNemar on pairs). "
+        "One seed, so intervals cover the items and not the luck of training; nothing is adjusted for the number of rows."
+    )
+    header = ["factor", "value", *names, "P against default", "p", "D against default"]
+    return Section("One factor at a time", note, header, rows)
+
+
+def _diagnostics(found: Mapping[str, Any]) -> Section:
+    rows = []
+    for entry in found["main"]:
+        seen = entry["diagnostics"]
+        if seen is None:
+            continue
+        conflict, rank, drift = seen["conflict"], seen["effective_rank"] or {}, seen["drift_at_llava_layer"]
+        rows.append(
+            [
+                entry["objective"],
+                str(entry["seed"]),
+                f"{100 * conflict['negative'] / conflict['looks']:.0f} % of {conflict['looks']}" if conflict else "-",
+                f"{conflict['mean_cosine']:+.3f}" if conflict else "-",
+                " to ".join(f"{rank[name]:.1f}" for name in ("base", "tower") if name in rank) or "-",
+                *(f"{drift[kind]:.4f}" if kind in drift else "-" for kind in ("class", "patches")),
+            ]
+        )
+    note = (
+        "Share of looks at which the gradients of contrast and reconstruction point apart, and their mean cosine; "
+        "effective rank of the embeddings before and after; cosine distance to the base in the layer that LLaVA reads."
+    )
+    header = ["objective", "seed", "conflict", "cosine", "effective rank", "drift, class", "drift, patches"]
+    return Section("Diagnostics", note, header, rows)
+
+
+def _paper(found: Mapping[str, Any]) -> Section:
+    rows = []
+    summary = found["summary"]
+    for entry in found["paper"]:
+        for name, values in entry["rows"].items():
+            if name not in PAPER:
+                continue
+            ours = summary.get(PAPER[name])
+            here = ["-", "-", "-"]
+            if "negative_cosine_percent" in values:
+                seen = found["diagnostics"].get("joint")
+                share = f"{100 * seen['negative'] / seen['looks']:.1f}" if seen else "-"
+                rows.append([PAPER[name], f"conflict {values['negative_cosine_percent']} %", f"{share} %", "", ""])
+                continue
+            if ours is not None:
+                here = [f"{ours['mean'][key]:.2f}" for key in ("pairs", "nmi", "ari")]
+            told = [f"{values['mmvp_vlm']:.2f}", f"{100 * values['nmi']:.0f}", f"{100 * values['ari']:.0f}"]
+            rows.append([PAPER[name], *(f"{paper} / {mini}" for paper, mini in zip(told, here, strict=True)), ""])
+    note = (
+        "Paper (OpenAI ViT-L/14 at 224 px, MMVP-VLM; second-hand) / miniature (mean over seeds). The two columns are "
+        "of different towers, images and benchmarks: compare orders, not values."
+    )
+    return Section("Beside the paper", note, ["strategy", "pairs", "NMI", "ARI", ""], rows)
+
+
+def as_markdown(found: Mapping[str, Any]) -> str:
+    """`ablation.md`."""
+    lines = [
+        "# Ablation on the miniature",
+        "",
+        "Made by `python scripts/ablate.py --only tables`; not edited by hand.",
+        "",
+    ]
+    lines += [part for fact in facts(found) for part in (fact, "")]
+    lines += ["## What holds of the paper's claims", ""]
+    lines += [f"- {entry['claim']}. **{entry['sentence']}**" for entry in found["verdicts"]]
+    for section in sections(found):
+        lines += ["", f"## {section.title}", "", section.note, "", _line(section.header)]
+        lines += ["|" + "---|" * len(section.header), *(_line(row) for row in section.rows)]
+    return "\n".join(lines) + "\n"
+
+
+def as_html(found: Mapping[str, Any]) -> str:
+    """`ablation.html`: one file that asks nothing of elsewhere."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    plots = [("What each objective gains and costs", trade_off_plot(found["summary"]))]
+    if found["sweeps"]:
+        plots.append(("One factor at a time, seed 0", sweep_plot(found["sweeps"])))
+    words = [fact.replace("`", "").replace("*", "") for fact in facts(found)]
+    page = {"facts": words, "verdicts": found["verdicts"], "plots": plots, "sections": sections(found)}
+    return environment.get_template("page.html.jinja").render(page)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min"
