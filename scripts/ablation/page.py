@@ -149,7 +149,7 @@ def _sweeps(found: Mapping[str, Any]) -> Section:
     names = [NAMES[name] for name in ("pairs", "d_ability", "zero_shot", "knn", "nmi", "probes_mean")]
     note = (
         "Gain over the untouched tower, and difference to the default of the same seed (p: exact McNemar on pairs). "
-        "One seed, so intervals cover the items and not the luck of training; nothing is adjusted for the number of rows."
+        "One seed, so intervals cover the items and not the luck of training; no p is adjusted for the number of rows."
     )
     header = ["factor", "value", *names, "P against default", "p", "D against default"]
     return Section("One factor at a time", note, header, rows)

@@ -22,8 +22,9 @@ VERSION = 1
 
 # Measured item by item: where `tower_evaluation.json` has them.
 ITEMS = {"pairs": ("mmvp_vlm", "pairs"), "zero_shot": ("zero_shot", "correct"), "knn": ("knn", "correct")}
-# Kept as draws: differences to the base in resamples that are the same for every cell.
+# Kept as draws: differences to the base in resamples that are the same for every cell, so many at most.
 DRAWN = ("probes_mean", "nmi", "acc", "ari")
+NUM_DRAWS = 1000
 
 
 def pack_bits(values: ArrayLike) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def measured(evaluation: Mapping[str, Any]) -> dict[str, Any]:
             name: {which: pack_bits(report[task][key]) for which, report in (("base", base), ("tower", tower))}
             for name, (task, key) in ITEMS.items()
         },
-        "draws": {name: pack_draws(comparison["measures"][name]["draws"]) for name in DRAWN},
+        "draws": {name: pack_draws(comparison["measures"][name]["draws"][:NUM_DRAWS]) for name in DRAWN},
         "benchmarks": {
             **evaluation["settings"]["mmvp_vlm"]["sha256"],
             **evaluation["settings"]["labelled"]["sha256"],
