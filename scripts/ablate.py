@@ -49,10 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = build_parser().parse_intermixed_args(argv)
-    return run_main(lambda: _main(options, " ".join(sys.argv[1:] if argv is None else argv)))
+    return run_main(lambda: _main(options))
 
 
-def _main(options: argparse.Namespace, arguments: str) -> int:
+def _main(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise UserError(f"--jobs is {options.jobs}, expected at least 1.")
     of_llavas = [word for word in options.overrides if word.startswith(PREFIX)]
@@ -88,7 +88,7 @@ def _main(options: argparse.Namespace, arguments: str) -> int:
     if "tables" in parts:
         from scripts.ablation.page import write_tables
 
-        write_tables(shop.out, f"python scripts/ablate.py {arguments}".strip())
+        write_tables(shop.out)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if failed else 0

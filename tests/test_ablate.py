@@ -294,6 +294,7 @@ def test_tables_come_from_the_records_alone(tmp_path: Path, capsys: pytest.Captu
         arm = {
             "kind": "stage2",
             "arm": {"tower": tower, "seed": 0},
+            "overrides": ["stage2.seed=3"],
             "measures": dict.fromkeys(("mmvp_pairs", "mmvp_single", "heldout", "heldout_blind"), 100 * sum(bits) / 4),
             "items": {"mmvp_pairs": pack_bits(bits), "heldout": pack_bits(bits)},
             "spent": {"llava": {"run": tower, "started": 100.0, "ended": 130.0}},
@@ -321,6 +322,7 @@ def test_tables_come_from_the_records_alone(tmp_path: Path, capsys: pytest.Captu
     # Two seeds' runs of 15 s overlap from 10 to 15, all objectives at once; the LLaVAs come later.
     assert found["time"]["wall_clock_seconds"] == 25 + 30
     assert found["time"]["process_seconds"] == 11 * 15 + 2 * 30
+    assert found["command"] == "python scripts/ablate.py stage2.seed=3"
     assert len(found["verdicts"]) == 5 and all(entry["sentence"] for entry in found["verdicts"])
     page = (tmp_path / "results" / "ablation.html").read_text()
     assert len(page) < 200_000 and not re.search(r'(src|href)="(?!#)|url\((?!#)|@import', page)

@@ -8,6 +8,7 @@ seeds it is too narrow rather than too wide.
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -29,8 +30,9 @@ Record = Mapping[str, Any]
 
 
 @lru_cache
-def _resampler(num_items: int) -> Resampler:
-    return Resampler(num_items)
+def _weights(num_items: int) -> np.ndarray:
+    """[R, N] share of each item in each resample, kept because every measure of every record wants them."""
+    return Resampler(num_items).weights() / num_items
 
 
 def change(record: Record, measure: str, other: Record | None = None) -> tuple[float, np.ndarray]:
@@ -48,7 +50,7 @@ def change(record: Record, measure: str, other: Record | None = None) -> tuple[f
         after = unpack_bits(record["items"][measure]["tower"]).astype(float)
         before = unpack_bits((other or record)["items"][measure]["tower" if other else "base"]).astype(float)
         deltas = 100 * (after - before)
-        return float(deltas.mean()), _resampler(len(deltas)).means(deltas)
+        return float(deltas.mean()), _weights(len(deltas)) @ deltas
     value, draws = record["measures"][measure]["difference"], unpack_draws(record["draws"][measure])
     if other is not None:
         value = value - other["measures"][measure]["difference"]
@@ -81,15 +83,14 @@ def tested(record: Record, measure: str, other: Record | None = None) -> dict[st
     return {"seed": record["cell"]["seed"], **mcnemar_exact(unpack_bits(before), unpack_bits(items["tower"]))}
 
 
-def table(records: Mapping[str, Sequence[Record]], command: str) -> dict[str, Any]:
+def table(records: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     """Everything in `ablation.json`."""
     cells, llavas = list(records["cell"]), list(records["stage2"])
     main = sorted((r for r in cells if not r["cell"]["changes"]), key=_order)
     summary = summarise(main)
     found = {
-        "command": command,
+        "command": shlex.join(["python", "scripts/ablate.py", *cells[0]["overrides"], *_overrides(llavas)]),
         "split": cells[0]["split"],
-        "overrides": cells[0]["overrides"],
         "items": {name: entry["base"]["number"] for name, entry in cells[0]["items"].items()},
         "time": time_spent([*cells, *llavas]),
         "base": base_of(cells),
@@ -217,7 +218,7 @@ def stage2(llavas: Sequence[Record]) -> dict[str, Any]:
         for name in llavas[0]["items"]:
             bits = [[unpack_bits(record["items"][name]) for record in pair] for pair in pairs]
             deltas = [100 * (after.astype(float) - before) for after, before in bits]
-            gains[arm][name] = over_seeds([(float(d.mean()), _resampler(len(d)).means(d)) for d in deltas])
+            gains[arm][name] = over_seeds([(float(d.mean()), _weights(len(d)) @ d) for d in deltas])
             gains[arm][name]["exact_tests"] = [
                 {"seed": pair[0]["arm"]["seed"], **mcnemar_exact(before, after)}
                 for pair, (after, before) in zip(pairs, bits, strict=True)
@@ -268,6 +269,10 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+def _overrides(llavas: Sequence[Record]) -> list[str]:
+    return llavas[0]["overrides"] if llavas else []
 
 
 def _adjust(gains: Sequence[dict[str, Any]]) -> None:

@@ -109,6 +109,7 @@ def run_arm(shop: Workshop, arm: Arm, overrides: Sequence[str]) -> None:
     record = {
         "kind": "stage2",
         "arm": dataclasses.asdict(arm),
+        "overrides": list(overrides),
         "settings": settings,
         **read_answers(shop.runs_dir / run, answers),
         **running.told(shop, spent),

@@ -14,6 +14,10 @@ from scripts.ablation.records import read_records
 from scripts.ablation.verdicts import NAMES, figures
 
 COLUMNS = ("pairs", "d_ability", "zero_shot", "knn", "nmi", "acc", "ari", "probes_mean")
+_COMPARED = (
+    *("P-Ability (pairs)", "p Holm", "by seed", "D-Ability", "p Holm"),
+    *(NAMES[name] for name in COLUMNS if name not in ("pairs", "d_ability")),
+)
 # The paper's names of what it compares, and ours.
 PAPER = {"naive_joint": "joint", "end_to_end": "dcr-end-to-end", "dcr_two_stage": "dcr"}
 
@@ -28,14 +32,13 @@ class Section:
     rows: Sequence[Sequence[str]]
 
 
-def write_tables(out: Path, command: str) -> None:
+def write_tables(out: Path) -> None:
     """Writes `<out>.json`, `<out>.md` and `<out>.html` beside the folder of records.
 
     Args:
         out: Folder of records.
-        command: What made them, to stand in the tables.
     """
-    found = table(read_records(out), command)
+    found = table(read_records(out))
     found |= {"columns": {name: NAMES[name] for name in COLUMNS}}
     write_json_atomic(out.with_name(f"{out.name}.json"), found)
     write_text_atomic(out.with_name(f"{out.name}.md"), as_markdown(found))
@@ -49,7 +52,7 @@ def facts(found: Mapping[str, Any]) -> list[str]:
     """What stands above the tables."""
     time, items = found["time"], found["items"]
     lines = [
-        f"Command: `{found['command']}`{' with ' + ' '.join(found['overrides']) if found['overrides'] else ''}.",
+        f"Command: `{found['command']}`.",
         f"Time: {_hours(time['wall_clock_seconds'])} by the clock while anything ran, "
         f"{_hours(time['process_seconds'])} of processes; on {'; '.join(time['devices'])}.",
         f"*Mini* numbers, {found['split']} split: {items['pairs']:,} pairs, {items['zero_shot']:,} images. P-Ability: "
@@ -66,10 +69,8 @@ def facts(found: Mapping[str, Any]) -> list[str]:
 
 def sections(found: Mapping[str, Any]) -> list[Section]:
     """All tables."""
-    made = [_main(found), _gains(found), _against_dcr(found), _patterns(found)]
-    made += [_stage2(found)] if found["stage2"]["rows"] else []
-    made += [_sweeps(found)] if found["sweeps"] else []
-    return [*made, _diagnostics(found), _paper(found)]
+    made = [_main(found), _gains(found), _against_dcr(found), _patterns(found), _stage2(found), _sweeps(found)]
+    return [section for section in (*made, _diagnostics(found), _paper(found)) if section.rows]
 
 
 def _main(found: Mapping[str, Any]) -> Section:
@@ -82,32 +83,33 @@ def _main(found: Mapping[str, Any]) -> Section:
 
 
 def _gains(found: Mapping[str, Any]) -> Section:
-    rows = []
-    for objective, entry in found["summary"].items():
-        tests = entry["exact_tests"]["pairs"]
-        exact = ", ".join(f"{test['gained']}:{test['lost']} ({_p(test['p_value'])})" for test in tests)
-        cells = [figures(entry["gain"][name]) for name in COLUMNS]
-        p_values = [_p(entry["gain"][name]["p_holm"]) for name in ("pairs", "d_ability")]
-        rows.append([objective, str(len(entry["seeds"])), *cells, *p_values, exact])
-    header = ["objective", "seeds", *(NAMES[name] for name in COLUMNS), "p Holm, P", "p Holm, D"]
+    rows = [
+        [objective, str(len(entry["seeds"])), *_compared(entry["gain"], entry["exact_tests"])]
+        for objective, entry in found["summary"].items()
+    ]
     note = (
         "Mean over seeds, bootstrap over items and seeds (too narrow rather than too wide with few seeds); p-values "
-        "from the same draws, Holm over the objectives. Last column: pairs gained:lost by each seed, exact McNemar p."
+        "from the same draws, Holm over the objectives. By seed: pairs gained:lost, exact McNemar p."
     )
-    return Section("Gain over the untouched tower", note, [*header, "pairs by seed"], rows)
+    return Section("Gain over the untouched tower", note, ["objective", "seeds", *_COMPARED], rows)
 
 
 def _against_dcr(found: Mapping[str, Any]) -> Section:
-    rows = []
-    for objective, entry in found["summary"].items():
-        if entry["against_dcr"] is not None:
-            gains = entry["against_dcr"]
-            tests = entry["exact_tests_against_dcr"]["pairs"]
-            exact = ", ".join(f"{test['gained']}:{test['lost']} ({_p(test['p_value'])})" for test in tests)
-            p_values = [_p(gains[name]["p_holm"]) for name in ("pairs", "d_ability")]
-            rows.append([objective, *(figures(gains[name]) for name in COLUMNS), *p_values, exact])
-    header = ["objective", *(NAMES[name] for name in COLUMNS), "p Holm, P", "p Holm, D", "pairs by seed"]
-    return Section("Difference to dcr", "Each tower against that of dcr with the same seed.", header, rows)
+    rows = [
+        [objective, *_compared(entry["against_dcr"], entry["exact_tests_against_dcr"])]
+        for objective, entry in found["summary"].items()
+        if entry["against_dcr"] is not None
+    ]
+    return Section(
+        "Difference to dcr", "Each tower against that of dcr with the same seed.", ["objective", *_COMPARED], rows
+    )
+
+
+def _compared(gains: Mapping[str, Any], exact: Mapping[str, Any]) -> list[str]:
+    by_seed = ", ".join(f"{test['gained']}:{test['lost']} ({_p(test['p_value'])})" for test in exact["pairs"])
+    cells = {name: figures(gains[name]) for name in COLUMNS}
+    ability, distinction = (_p(gains[name]["p_holm"]) for name in ("pairs", "d_ability"))
+    return [cells.pop("pairs"), ability, by_seed, cells.pop("d_ability"), distinction, *cells.values()]
 
 
 def _patterns(found: Mapping[str, Any]) -> Section:
