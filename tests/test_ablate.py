@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,23 @@ def test_one_failing_cell_does_not_stop_the_others(shop: Workshop, monkeypatch: 
     failed = running.run_cells(shop, [Cell("contrastive", 0), Cell("dcr-end-to-end", 0)])
     assert failed == ["contrastive-seed0: no memory"]
     assert [file.stem for file in shop.out.glob("*.json")] == ["dcr-end-to-end-seed0"]
+
+
+def test_a_process_left_behind_keeps_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture):
+    with running.alone(tmp_path):
+        lock = running.held()
+        assert lock is not None
+        left = subprocess.Popen(["sleep", "0.5"], pass_fds=(lock,))
+        running.call(["true"], tmp_path / "log", 1, lock)
+    with running.alone(tmp_path):
+        assert left.poll() is not None, "it has ended before anything else begins"
+    assert "waiting" in capsys.readouterr().out and running.held() is None
+
+
+def test_a_failing_command_shows_its_last_words(tmp_path: Path):
+    program = "import os; print('threads', os.environ['OMP_NUM_THREADS']); raise SystemExit(3)"
+    with pytest.raises(running.CellFailed, match=r"(?s)status 3.*threads 7"):
+        running.call([sys.executable, "-c", program], tmp_path / "log", 7)
 
 
 def test_projectors_are_shared_where_nothing_about_them_differs():

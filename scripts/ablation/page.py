@@ -183,28 +183,30 @@ def _diagnostics(found: Mapping[str, Any]) -> Section:
 
 
 def _paper(found: Mapping[str, Any]) -> Section:
-    rows = []
-    summary = found["summary"]
+    published: dict[str, dict[str, float]] = {}
     for entry in found["paper"]:
         for name, values in entry["rows"].items():
-            if name not in PAPER:
-                continue
-            ours = summary.get(PAPER[name])
-            here = ["-", "-", "-"]
-            if "negative_cosine_percent" in values:
-                seen = found["diagnostics"].get("joint")
-                share = f"{100 * seen['negative'] / seen['looks']:.1f}" if seen else "-"
-                rows.append([PAPER[name], f"conflict {values['negative_cosine_percent']} %", f"{share} %", "", ""])
-                continue
-            if ours is not None:
-                here = [f"{ours['mean'][key]:.2f}" for key in ("pairs", "nmi", "ari")]
-            told = [f"{values['mmvp_vlm']:.2f}", f"{100 * values['nmi']:.0f}", f"{100 * values['ari']:.0f}"]
-            rows.append([PAPER[name], *(f"{paper} / {mini}" for paper, mini in zip(told, here, strict=True)), ""])
+            published.setdefault(PAPER.get(name, ""), {}).update(values if name in PAPER else {})
+    rows = []
+    for objective in PAPER.values():
+        ours, told = found["summary"].get(objective), published.get(objective, {})
+        here = {name: ours["mean"][name] for name in ("pairs", "nmi", "acc", "ari")} if ours else {}
+        seen = found["diagnostics"].get(objective)
+        if seen:
+            here["conflict"] = 100 * seen["negative"] / seen["looks"]
+        there = {"pairs": told.get("mmvp_vlm"), "conflict": told.get("negative_cosine_percent")}
+        there |= {name: 100 * told[name] for name in ("nmi", "acc", "ari") if name in told}
+        cells = ("pairs", "nmi", "acc", "ari", "conflict")
+        rows.append([objective, *(f"{_number(there.get(name))} / {_number(here.get(name))}" for name in cells)])
     note = (
-        "Paper (OpenAI ViT-L/14 at 224 px, MMVP-VLM; second-hand) / miniature (mean over seeds). The two columns are "
-        "of different towers, images and benchmarks: compare orders, not values."
+        "Paper (OpenAI ViT-L/14 at 224 px, MMVP-VLM; second-hand) / miniature (mean over seeds): of different towers, "
+        "images and benchmarks, so compare orders, not values."
     )
-    return Section("Beside the paper", note, ["strategy", "pairs", "NMI", "ARI", ""], rows)
+    return Section("Beside the paper", note, ["strategy", "pairs", "NMI", "ACC", "ARI", "negative cosine"], rows)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def as_markdown(found: Mapping[str, Any]) -> str:
