@@ -253,8 +253,9 @@ def test_diagnostics_are_summed_up():
     assert found["effective_rank"]["tower"] == 7.0
     assert found["drift_at_llava_layer"] == {"class": 0.3, "patches": 0.4}
     assert diagnosed([]) is None
-    quiet = diagnosed([json.dumps({"step": 1, "conflict": None})])
+    quiet = diagnosed([json.dumps({"step": 1, "conflict": None, "drift": {"class": [0.0, None, None]}})])
     assert quiet is not None and quiet["conflict"] is None
+    assert quiet["drift_at_llava_layer"] == {}
 
 
 def test_gains_equal_the_bootstrap_over_seeds_and_items():

@@ -93,7 +93,7 @@ def diagnosed(lines: Iterable[str]) -> dict[str, Any] | None:
         summary[key] = last.get(key)
     # Hidden states from the embeddings to the last block: LLaVA reads the last but one.
     drift = last.get("drift") or {}
-    summary["drift_at_llava_layer"] = {kind: layers[-2] for kind, layers in drift.items() if layers}
+    summary["drift_at_llava_layer"] = {k: v[-2] for k, v in drift.items() if v and v[-2] is not None}
     return summary
 
 
