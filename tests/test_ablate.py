@@ -240,6 +240,8 @@ def test_a_record_stays_small(tmp_path: Path):
 
 def test_diagnostics_are_summed_up():
     looks = [
+        {"step": 0, "conflict": None},
+        {"step": 5, "conflict": {"cosine": None}},
         {"step": 10, "conflict": {"cosine": -0.2}, "effective_rank": {"base": 9.0, "tower": 8.0}},
         {
             "step": 20,

@@ -84,7 +84,8 @@ def diagnosed(lines: Iterable[str]) -> dict[str, Any] | None:
     if not looks:
         return None
     last = looks[-1]
-    cosines = [look["conflict"]["cosine"] for look in looks if look.get("conflict")]
+    conflicts = [look["conflict"] for look in looks if look["conflict"]]
+    cosines = [conflict["cosine"] for conflict in conflicts if conflict["cosine"] is not None]  # a gradient may be 0
     summary: dict[str, Any] = {"looks": len(looks), "last_step": last["step"], "conflict": None}
     if cosines:
         negative = sum(cosine < 0 for cosine in cosines)
