@@ -7,9 +7,10 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
+import time
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def stand_in(command: list[str], log: Path, threads: int, keep_open: int | None 
         file.write(name + "\n")
     if os.environ.get("PAUSE") and name.startswith(os.environ["PAUSE"]):
         diary.with_name("paused").touch()
-        __import__("time").sleep(60)
+        time.sleep(60)
     if "run" in words:
         run = Path(words["runs_dir"]) / name
         for folder in ("tower", "projector", "checkpoints"):
@@ -192,15 +193,27 @@ def test_one_failing_cell_does_not_stop_the_others(shop: Workshop, monkeypatch: 
     assert [file.stem for file in shop.out.glob("*.json")] == ["dcr-end-to-end-seed0"]
 
 
-def test_a_process_left_behind_keeps_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_process_left_behind_keeps_the_folder(tmp_path: Path):
+    until = f"while [ ! -e {tmp_path / 'end'} ]; do sleep 0.02; done"
+    entered = Event()
+
+    def enter() -> None:
+        with running.alone(tmp_path):
+            entered.set()
+
     with running.alone(tmp_path):
-        lock = running.held()
-        assert lock is not None
-        left = subprocess.Popen(["sleep", "0.5"], pass_fds=(lock,))
-        running.call(["true"], tmp_path / "log", 1, lock)
-    with running.alone(tmp_path):
-        assert left.poll() is not None, "it has ended before anything else begins"
-    assert "waiting" in capsys.readouterr().out and running.held() is None
+        left = Thread(target=running.call, args=(["sh", "-c", until], tmp_path / "log", 1, running.held()))
+        left.start()
+        while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text():
+            time.sleep(0.01)
+        time.sleep(0.3)  # the shell has begun
+    next_one = Thread(target=enter)
+    next_one.start()
+    assert not entered.wait(0.5), "what was left behind is at work"
+    (tmp_path / "end").touch()
+    assert entered.wait(20)
+    left.join()
+    next_one.join()
 
 
 def test_a_failing_command_shows_its_last_words(tmp_path: Path):
