@@ -37,6 +37,11 @@ def _published() -> dict[str, Any]:
     return yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
 
 
+def ablations() -> list[dict[str, Any]]:
+    """Published ablations: `source`, `confidence` and `rows` by name."""
+    return _published()["ablations"]
+
+
 def backbone_of(path: str | Path) -> tuple[str | None, str | None]:
     """The published names of a model's original tower and LLM (such as `openai-l14-336`, `vicuna-7b`), if known.
 
