@@ -38,6 +38,9 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "positives": [{"positives": "view"}, {"positives": "target"}],
 }
 
+# In one phase, end to end, projector and tower get as many steps as in two.
+OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {"dcr-end-to-end": {"tower_steps": 800}}
+
 # LLaVAs are trained on the untouched tower and on these objectives' towers, at every seed.
 BASE = "base"
 STAGE2_ARMS = (BASE, "dcr", "reconstruction")
@@ -69,7 +72,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 # Of every cell; they change no tower.
-BOOKKEEPING: dict[str, Any] = {"evaluate": False, "report_to": "none", "diagnose_every": 10}
+BOOKKEEPING: dict[str, Any] = {"evaluate": False, "report_to": "none", "diagnose_every": 25, "validation": None}
 
 # A cell that changes one of these trains a projector of its own. All other changes are made in the tower phase alone,
 # behind the projector that all cells of a seed share.
@@ -84,7 +87,7 @@ PROJECTOR_SETTINGS = (
 # Of the config: names and places, and what changes nothing about a tower.
 _NO_SETTING = (
     *("run", "runs_dir", "projector", "num_workers", "save_every", "log_every"),
-    *("evaluate", "report_to", "diagnose_every"),
+    *("evaluate", "report_to", "diagnose_every", "validation", "validate_every", "zero_shot_margin"),
 )
 
 
@@ -147,7 +150,7 @@ def plan(cell: Cell, overrides: Sequence[str] = ()) -> Plan:
         cell: What is asked for.
         overrides: `key=value` for every cell, behind `SETTINGS`; what the cell says itself comes after them.
     """
-    own = {"objective": cell.objective, "seed": cell.seed}
+    own = {"objective": cell.objective, "seed": cell.seed, **OBJECTIVE_SETTINGS.get(cell.objective, {})}
     common = [*_arguments(SETTINGS), *overrides]
     tower = [*common, *_arguments({**BOOKKEEPING, **own, **cell.changes})]
     wanted = _config(*tower, "projector=shared")
