@@ -144,3 +144,38 @@ def test_pick_device():
         assert pick_device("auto").type == "cpu"
         with pytest.raises(UserError, match="no CUDA"):
             pick_device("cuda")
+
+
+def test_embeddings_are_fp32_inside_a_process_that_trains_with_tf32(tower, files):
+    """transformers sets TF32 by torch's newer interface, and the older one raises from then on."""
+    from transformers.utils.import_utils import enable_tf32
+
+    from dcr_mllm.hardware import full_precision
+
+    encoder = DualEncoder(tower_summary(tower), device="cpu")
+    before = encoder.embed_images(files).projected
+    enable_tf32(True)
+    try:
+        after = encoder.embed_images(files).projected
+        # Whatever the interface, this is what a product reads.
+        assert torch._C._get_cublas_allow_tf32() and torch._C._get_cudnn_allow_tf32()
+        with full_precision():
+            assert not torch._C._get_cublas_allow_tf32() and not torch._C._get_cudnn_allow_tf32()
+    finally:
+        enable_tf32(False)
+    assert np.array_equal(before, after)
+
+
+def test_overwritten_weights_change_images_only(tower, files):
+    encoder, judge = (DualEncoder(tower_summary(tower), device="cpu") for _ in range(2))
+    before, texts = encoder.embed_images(files).projected, encoder.embed_texts(TEXTS)
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    encoder.overwrite({name: judge._model.get_parameter(name) * 2})
+    assert not np.allclose(encoder.embed_images(files).projected, before)
+    assert np.array_equal(encoder.embed_texts(TEXTS), texts)
+    encoder.overwrite({name: judge._model.get_parameter(name)})
+    encoder.drop_text_side()
+    batches = list(encoder.pixel_batches(files))
+    assert np.array_equal(encoder.embed_pixels(batches).projected, before)
+    with pytest.raises(KeyError):
+        encoder.overwrite({"no.such.weight": torch.zeros(1)})
