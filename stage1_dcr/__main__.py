@@ -132,7 +132,9 @@ def _print_results(run: Run, results: dict[str, Any]) -> None:
 
         print_table(results["evaluation"]["result"])
         print(f"evaluation: {results['evaluation']['directory']}")
-    print(f"report: {results['report']}")
+    if "report" in results:
+        print(f"report: {results['report']}")
+    print(f"metrics: {run.path / 'metrics.jsonl'}")
 
 
 if __name__ == "__main__":

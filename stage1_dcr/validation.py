@@ -2,7 +2,7 @@
 
 Rank 0 holds a tower of its own in fp32, as the evaluation loads it. The trained LoRA is gathered and merged into that
 one, so the module that trains, its mode and the random state stay as they are: a run that validates trains the same
-tower, bit for bit, as one that does not.
+tower as one that does not.
 """
 
 from __future__ import annotations
