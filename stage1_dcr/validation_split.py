@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dcr_mllm.errors import UserError
-from dcr_mllm.evaluation.labelled import read_labelled_set
-from dcr_mllm.evaluation.mmvp_vlm import Pair, read_pairs
 from dcr_mllm.headers import TowerSummary
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dcr_mllm.evaluation.features import Picture
+    from dcr_mllm.evaluation.mmvp_vlm import Pair
     from stage1_dcr.config import Stage1Config
 
 MINI = "mini"
@@ -92,6 +91,11 @@ def read_split(directory: Path) -> Split:
     Raises:
         UserError: Neither is there, or a part is not complete.
     """
+    import numpy as np
+
+    from dcr_mllm.evaluation.labelled import read_labelled_set
+    from dcr_mllm.evaluation.mmvp_vlm import read_pairs
+
     places = [directory / name for name in ("mmvp_vlm", "labelled")]
     if not any(place.is_dir() for place in places):
         problem = "has neither mmvp_vlm/ nor labelled/" if directory.is_dir() else "is no directory"
