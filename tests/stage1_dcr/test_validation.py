@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,22 +130,32 @@ def test_few_of_many_images_are_the_same_each_time(split: Path, monkeypatch: pyt
 # Whole runs on tiny models.
 
 
+LAUNCH = Launch(device="cpu", num_processes=1, precision="fp32", deepspeed=None)
+
+
 @pytest.fixture(scope="module")
-def train(tiny_clip: Path, tiny_denoiser: Path, tiny_shards: str) -> Callable[..., Path]:
+def configure(tiny_clip: Path, tiny_denoiser: Path, tiny_shards: str) -> Callable[..., Stage1Config]:
+    def build(folder: Path, **changes: Any) -> Stage1Config:
+        values = {
+            **{"tower": str(tiny_clip), "denoiser": str(tiny_denoiser), "data": tiny_shards, "projector_width": 16},
+            **{"projector_steps": 1, "tower_steps": NUM_STEPS, "tower_learning_rate": 1e-2, "lora_rank": 4},
+            **{"batch_size": 3, "accumulation": 1, "num_workers": 0, "shuffle_buffer": 10, "save_every": 4},
+            **{"log_every": 1, "report_to": "none", "run": "test", "runs_dir": str(folder), "validate_every": EVERY},
+        }
+        return Stage1Config(**{**values, **changes})  # type: ignore[arg-type]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def train(configure: Callable[..., Stage1Config], tiny_shards: str) -> Callable[..., Path]:
     """Runs stage 1 in this process; returns the run's directory."""
 
     def run(folder: Path, **changes: Any) -> Path:
         from stage1_dcr.train import run_stage1
 
-        values = {
-            **{"tower": str(tiny_clip), "denoiser": str(tiny_denoiser), "data": tiny_shards, "projector_width": 16},
-            **{"projector_steps": 1, "tower_steps": NUM_STEPS, "tower_learning_rate": 1e-2, "lora_rank": 4},
-            **{"batch_size": 3, "accumulation": 1, "num_workers": 0, "shuffle_buffer": 10, "save_every": 2},
-            **{"log_every": 1, "report_to": "none", "run": "test", "runs_dir": str(folder), "validate_every": EVERY},
-        }
-        config = Stage1Config(**{**values, **changes})
-        launch = Launch(device="cpu", num_processes=1, precision="fp32", deepspeed=None)
-        run_stage1(config, launch, open_run(config.runs_dir, config), tiny_shards)
+        config = configure(folder, **changes)
+        run_stage1(config, LAUNCH, open_run(config.runs_dir, config), tiny_shards)
         return folder / "test"
 
     return run
@@ -196,55 +206,45 @@ def test_numbers_are_those_of_the_evaluation(validated: Path, split: Path, tiny_
     assert len({(measurement.pairs, measurement.zero_shot) for measurement in found}) > 1, "training changed nothing"
 
 
-PAIRS = {0: 20.0, 2: 30.0, 4: 25.0, 6: 22.0}
-ZERO_SHOT = {0: 90.0, 2: 89.0, 4: 80.0, 6: 85.0}
+# A trajectory with a peak at step 2, whatever the tower does.
+SCRIPT = [
+    measured(step, pairs, zero_shot)
+    for step, pairs, zero_shot in ((0, 20.0, 90.0), (2, 30.0, 89.0), (4, 25.0, 80.0), (6, 22.0, 85.0))
+]
 
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trajectory with a peak at step 2; whatever the tower does."""
     from stage1_dcr.validation import Validation
 
-    monkeypatch.setattr(Validation, "_measure", lambda self, step: measured(step, PAIRS[step], ZERO_SHOT[step]))
+    lines = {measurement.step: measurement for measurement in SCRIPT}
+    monkeypatch.setattr(Validation, "_measure", lambda self, step: lines[step])
+
+
+@pytest.fixture(scope="module")
+def two_steps(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("two"), tower_steps=2)
 
 
 def test_best_step_is_exported(
-    scripted: None, train: Callable[..., Path], plain: Path, split: Path, tmp_path: Path, caplog
+    scripted: None, train: Callable[..., Path], plain: Path, two_steps: Path, split: Path, tmp_path: Path
 ) -> None:
-    with caplog.at_level(logging.WARNING):
-        best = train(tmp_path / "best", validation=str(split), select="best-validation")
-    two_steps = train(tmp_path / "two", tower_steps=2)
+    best = train(tmp_path, validation=str(split), select="best-validation")
     assert same(best, two_steps) and not same(best, plain)
     assert losses(best) == losses(plain)
     record = json.loads((best / "tower" / "provenance.json").read_text())["selected"]
     assert (record["step"], record["rule"], record["validation"]["pairs"]) == (2, "best-validation", 30.0)
     card = (best / "tower" / "README.md").read_text()
     assert "step 2, best-validation; 900 validation pairs: 30.0 % (base 20.0 %)" in card
-    # Step 4 crosses the margin, step 6 is no news, and what is exported is within it.
-    assert [line for line in caplog.messages if "points below" in line] == [
-        line for line in caplog.messages if "80.0 % at step 4" in line and "10.0 points below" in line
-    ]
 
 
-def test_final_step_that_lost_too_much_is_named_at_the_end(
-    scripted: None, train: Callable[..., Path], plain: Path, split: Path, tmp_path: Path, caplog
-) -> None:
-    final = train(tmp_path / "final", validation=str(split))
-    assert same(final, plain)
-    warnings = [line for line in caplog.messages if "points below" in line]
-    assert len(warnings) == 2 and "step 4" in warnings[0] and warnings[1].startswith("the exported tower")
-    assert not (final / "checkpoints" / "validation").exists()
-
-
-@pytest.mark.parametrize("killed_at", [3, 5])
 def test_resumed_run_chooses_the_same_step(
-    scripted: None, train: Callable[..., Path], split: Path, tmp_path: Path, monkeypatch, killed_at: int
+    scripted: None, train: Callable[..., Path], two_steps: Path, split: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """Killed before the best step's successor is saved, and after; what lies after the checkpoint is measured again."""
+    """Killed after the checkpoint of step 4; what lies after it is dropped and measured again."""
     from stage1_dcr.validation import Validate
 
-    settings = {"validation": str(split), "select": "best-validation", "save_every": 4}
-    whole = train(tmp_path / "whole", **settings)
+    settings = {"validation": str(split), "select": "best-validation"}
 
     class Killed(Exception):
         pass
@@ -253,37 +253,76 @@ def test_resumed_run_chooses_the_same_step(
 
     def die(self, args, state, control, **kwargs):
         real(self, args, state, control, **kwargs)
-        if state.global_step == killed_at:
+        if state.global_step == 5:
             raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(Validate, "on_step_end", die)
         with pytest.raises(Killed):
-            train(tmp_path / "cut", **settings)
-    stale = measured(5, 99.0, 90.0)  # as if a step after the last checkpoint had been the best
-    run = tmp_path / "cut" / "test"
-    write_measurements(run, [*read_measurements(run), stale])
+            train(tmp_path, **settings)
+    run = tmp_path / "test"
+    # As if a step after the checkpoint had been the best.
+    write_measurements(run, [*read_measurements(run), measured(5, 99.0, 90.0)])
     states = run / "checkpoints" / "validation"
     (states / "step-5.safetensors").write_bytes((states / "step-2.safetensors").read_bytes())
-    resumed = train(tmp_path / "cut", **settings)
-    assert read_measurements(resumed) == read_measurements(whole)
+    train(tmp_path, **settings)
+    assert read_measurements(run) == SCRIPT
     assert [file.name for file in states.iterdir()] == ["step-2.safetensors"]
-    assert same(resumed, whole)
+    assert same(run, two_steps)
 
 
-def test_damaged_image_ends_the_run_before_it_trains(train: Callable[..., Path], split: Path, tmp_path: Path) -> None:
-    import shutil
+@pytest.fixture(scope="module")
+def measure(
+    configure: Callable[..., Stage1Config], split: Path, validated: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Any]:
+    """A `Validation` that has gone through the steps of a run."""
+    from stage1_dcr.train import Stage1
+    from stage1_dcr.validation import Validation
 
+    stage = Stage1(configure(tmp_path_factory.mktemp("stage")), LAUNCH)
+    state = load_file(validated / "checkpoints" / "tower" / f"checkpoint-{NUM_STEPS}" / "model.safetensors")
+
+    def go(run: Path, directory: Path = split, steps: tuple[int, ...] = (2, 4, 6), **changes: Any) -> Any:
+        stage.config = configure(run, **changes)
+        run.mkdir(exist_ok=True)
+        validation = Validation(stage, directory, run)
+        for step in steps:
+            validation.measure(step, state)
+        return validation
+
+    return go
+
+
+def test_loss_of_zero_shot_is_named_once_and_at_the_end(scripted: None, measure, tmp_path: Path, caplog) -> None:
+    validation = measure(tmp_path)
+    assert [line for line in caplog.messages if "points below" in line] == [caplog.messages[-1]]
+    assert "80.0 % at step 4" in caplog.messages[-1] and "10.0 points below" in caplog.messages[-1]
+    assert validation.selected_state() is None
+    assert caplog.messages[-1].startswith("the exported tower: ") and "85.0 % at step 6" in caplog.messages[-1]
+    assert not (tmp_path / "checkpoints").exists()  # only best-validation keeps states
+
+
+def test_chosen_step_within_the_margin_is_no_news(scripted: None, measure, tmp_path: Path, caplog) -> None:
+    validation = measure(tmp_path, select="best-validation")
+    caplog.clear()
+    assert validation.selected_state() is not None
+    assert all(record.levelname == "INFO" for record in caplog.records)
+    margin = measure(tmp_path / "none", select="best-validation", zero_shot_margin=0.5)
+    margin.selected_state()
+    assert any("no measured step kept" in line for line in caplog.messages)
+
+
+def test_images_that_do_not_fit_are_decoded_each_time(
+    measure, validated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stage1_dcr.validation.MAX_KEPT_BYTES", 1)
+    measure(tmp_path, steps=(6,))
+    assert read_measurements(tmp_path) == [read_measurements(validated)[index] for index in (0, -1)]
+
+
+def test_damaged_image_is_seen_before_training(measure, split: Path, tmp_path: Path) -> None:
     shutil.copytree(split / "labelled", tmp_path / "split" / "labelled")
     image = next((tmp_path / "split" / "labelled" / "images").glob("test-*"))
     image.write_bytes(b"no image")
     with pytest.raises(UserError, match=image.name):
-        train(tmp_path / "runs", validation=str(tmp_path / "split"))
-    assert not (tmp_path / "runs" / "test" / "metrics.jsonl").exists()
-
-
-def test_images_that_do_not_fit_are_decoded_each_time(
-    train: Callable[..., Path], validated: Path, split: Path, tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setattr("stage1_dcr.validation.MAX_KEPT_BYTES", 1)
-    assert read_measurements(train(tmp_path, validation=str(split))) == read_measurements(validated)
+        measure(tmp_path / "run", tmp_path / "split")
