@@ -146,28 +146,6 @@ def test_pick_device():
             pick_device("cuda")
 
 
-def test_embeddings_are_fp32_inside_a_process_that_trains_with_tf32(tower, files):
-    """transformers sets TF32 by torch's newer interface, and the older one raises from then on."""
-    from transformers.utils.import_utils import enable_tf32
-
-    from dcr_mllm.hardware import full_precision
-
-    if not hasattr(torch.backends, "fp32_precision"):
-        pytest.skip("this torch has the older interface alone")
-    parts = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    encoder = DualEncoder(tower_summary(tower), device="cpu")
-    before = encoder.embed_images(files).projected
-    enable_tf32(True)
-    try:
-        after = encoder.embed_images(files).projected
-        assert [part.fp32_precision for part in parts] == ["tf32", "tf32"]
-        with full_precision():
-            assert [part.fp32_precision for part in parts] == ["ieee", "ieee"]
-    finally:
-        enable_tf32(False)
-    assert np.array_equal(before, after)
-
-
 def test_overwritten_weights_change_images_only(tower, files):
     encoder, judge = (DualEncoder(tower_summary(tower), device="cpu") for _ in range(2))
     before, texts = encoder.embed_images(files).projected, encoder.embed_texts(TEXTS)
