@@ -283,7 +283,7 @@ def measure(
     state = load_file(validated / "checkpoints" / "tower" / f"checkpoint-{NUM_STEPS}" / "model.safetensors")
 
     def go(run: Path, directory: Path = split, steps: tuple[int, ...] = (2, 4, 6), **changes: Any) -> Any:
-        stage.config = configure(run, **changes)
+        stage.config = configure(run, validation=str(directory), **changes)
         run.mkdir(exist_ok=True)
         validation = Validation(stage, directory, run)
         for step in steps:
