@@ -132,6 +132,7 @@ def cosine_section(metrics: Sequence[Record]) -> Section | str:
 def conflict_section(looks: Sequence[Record]) -> Section | str:
     """Cosine between the gradients of the loss's contrastive and reconstructive part."""
     found = [(look["step"], look["conflict"]["cosine"]) for look in looks if look.get("conflict")]
+    found = [(step, cosine) for step, cosine in found if cosine is not None]  # none where a gradient is zero
     if not found:
         return "Gradient conflict: set diagnose_every, with an objective that has two parts (dcr, joint)."
     steps, cosines = zip(*found, strict=True)

@@ -51,7 +51,7 @@ def run(tmp_path: Path) -> Path:
             **{name: {"base": 1.0, "tower": 0.5} for name in ("effective_rank", "uniformity", "alignment")},
             "drift": {"class": [None, 0.1, 0.2], "patches": [0.0, 0.1, 0.2]},
         }
-        for step, cosine in ((10, -0.2), (20, 0.1), (30, -0.3), (40, -0.1))
+        for step, cosine in ((0, None), (10, -0.2), (20, 0.1), (30, -0.3), (40, -0.1))
     ]
     write_lines(tmp_path / "diagnostics.jsonl", looks)
     measure = {"base": 20.0, "tower": 28.04, "difference": 8.04, "interval": [5.0, 11.0], "p_holm": 0.001}
