@@ -145,6 +145,21 @@ def add_lora(tower: VisionTower, config: LoraConfig) -> VisionTower:
     return tower
 
 
+def merged_weights(tower: VisionTower) -> dict[str, Tensor]:
+    """What the layers that have a LoRA would weigh with it merged, by their names in the full model.
+
+    The same sums as `merged_tensors`, bit for bit, but the tower itself stays as it is.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: module for name, module in tower.named_modules() if isinstance(module, LoraLayer)}
+    with torch.no_grad():
+        return {
+            f"{name}.weight": layer.base_layer.weight + layer.get_delta_weight("default")
+            for name, layer in layers.items()
+        }
+
+
 def merged_tensors(
     base: str | Path, config: LoraConfig, weights: dict[str, Tensor], adapter_out: Path
 ) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from dcr_mllm.stopping import listening
 from stage1_dcr.checks import preflight
 from stage1_dcr.config import Stage1Config
 from stage1_dcr.profiles import profile_values
+from stage1_dcr.validation_split import validation_directory
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -77,9 +78,11 @@ def _main(argv: list[str]) -> int:
         # Before the processes start, so that none of them looks for shards that another one still draws.
         open_run(config.runs_dir, config)
         _data(config)
+        validation_directory(config)
         start_processes(launch.num_processes, "stage1_dcr", argv)
 
     with listening():
+        from stage1_dcr.report import write_report
         from stage1_dcr.train import run_stage1
 
         run = open_run(config.runs_dir, config, create=rank() == 0)
@@ -87,6 +90,7 @@ def _main(argv: list[str]) -> int:
     if rank() == 0:
         if config.evaluate and "tower" in results:
             results["evaluation"] = _evaluate(config, run)
+        results["report"] = str(write_report(run.path))
         run.finish(results)
         _print_results(run, results)
     return 0
@@ -128,6 +132,8 @@ def _print_results(run: Run, results: dict[str, Any]) -> None:
 
         print_table(results["evaluation"]["result"])
         print(f"evaluation: {results['evaluation']['directory']}")
+    if "report" in results:
+        print(f"report: {results['report']}")
     print(f"metrics: {run.path / 'metrics.jsonl'}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stage1_dcr.config import Objective, Stage1Config
+from stage1_dcr.selection import selected_words
 
 _DCR = "Diffusion Contrastive Reconstruction (arXiv 2603.04803)"
 METHODS: dict[Objective, str] = {
@@ -32,6 +33,7 @@ vision blocks, merged. The text side is the base's, byte for byte; layers that w
 | tower phase | {tower_steps} steps, {tower_objective}, learning rate {tower_lr} |
 | condition | {condition} |
 | batch | {batch} x {accumulation} accumulation x {processes} processes, {negatives} negatives per row |
+| exported | {selected} |
 | seed | {seed} |
 
 Load the image side with `CLIPVisionModel.from_pretrained` or `SiglipVisionModel.from_pretrained`, all of it with
@@ -67,5 +69,6 @@ def model_card(config: Stage1Config, record: dict[str, Any]) -> str:
         processes=record["num_processes"],
         negatives=config.num_negatives(record["num_processes"]),
         condition=config.condition,
+        selected=selected_words(record["selected"]),
         seed=config.seed,
     )

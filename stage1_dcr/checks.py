@@ -24,6 +24,7 @@ from stage1_dcr.config import Stage1Config
 from stage1_dcr.profiles import OPENAI_MEAN, OPENAI_STD, known_defects
 from stage1_dcr.remote import without_query
 from stage1_dcr.shards import IMAGE_EXTENSIONS, TAR_EXTENSIONS
+from stage1_dcr.validation_split import check_validation
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in sorted(IMAGE_EXTENSIONS))
 
@@ -58,6 +59,7 @@ def preflight(config: Any) -> list[str]:
         width = config.condition_width(embedding_width=tower.width, hidden_size=tower.hidden_size)
         check_projector(config.projector, width, denoiser.cross_attention_dim)
     notes += check_data(config.data)
+    notes += check_validation(config, tower)
     notes += ignored_settings(config)
     notes += known_defects(config, tower, denoiser)
     file = deepspeed_file(config.deepspeed)

@@ -37,7 +37,10 @@ from stage1_dcr.hardware import choose_attention, prepare_denoiser
 from stage1_dcr.images import StreamPosition, fingerprint, make_loader
 from stage1_dcr.profiles import OPENAI_MEAN, OPENAI_STD, known_defects
 from stage1_dcr.projector import Projector
+from stage1_dcr.selection import selected
 from stage1_dcr.step import TrainingStep
+from stage1_dcr.validation import Validate, Validation, cut_validation
+from stage1_dcr.validation_split import validation_directory
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -141,11 +144,22 @@ def training_arguments(config: Stage1Config, launch: Launch, phase: Phase, direc
     )
 
 
-def run_phase(stage: Stage1, phase: Phase, projector: Projector, run: Run, data: str | list[str]) -> dict[str, Tensor]:
+def run_phase(
+    stage: Stage1,
+    phase: Phase,
+    projector: Projector,
+    run: Run,
+    data: str | list[str],
+    validation: Validation | None = None,
+) -> dict[str, Tensor]:
     """Train one phase to its end, from its last complete checkpoint if there is one.
 
+    Args:
+        validation: In the tower phase on rank 0, if the config names a split.
+
     Returns:
-        The trained tensors by their names in the training step (`projector.*`, `tower.*`), fp32 on the CPU.
+        The trained tensors by their names in the training step (`projector.*`, `tower.*`), fp32 on the CPU; those of
+        the step that `select` chooses.
     """
     from dcr_mllm.trainer import (
         StreamTrainer,
@@ -173,6 +187,8 @@ def run_phase(stage: Stage1, phase: Phase, projector: Projector, run: Run, data:
         logger.info("%s phase goes on from step %d", phase, step)
     if arguments.process_index == 0:
         cut_metrics(metrics_file, phase, step)
+        if phase == "tower":
+            cut_validation(run.path, step)
 
     # The tower phase sees other images than the projector phase, not the same ones once more.
     loader = make_loader(
@@ -207,8 +223,12 @@ def run_phase(stage: Stage1, phase: Phase, projector: Projector, run: Run, data:
         from stage1_dcr.diagnose import DIAGNOSTICS, Diagnose
 
         trainer.add_callback(Diagnose(module, stage, run.path / DIAGNOSTICS, data))
+    if phase == "tower" and config.validation is not None:
+        trainer.add_callback(Validate(trainer, validation, config.validate_every))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = gathered_trainable_state(trainer)
+    if validation is not None:
+        state = validation.selected_state() or state
     trainer.accelerator.free_memory()
     return state
 
@@ -238,6 +258,9 @@ def run_stage1(config: Stage1Config, launch: Launch, run: Run, data: str | list[
     tower_left = config.tower_steps > 0 and not tower_dir.is_dir()
     # All or nothing: whatever a later phase needs has to be loaded before the first TrainingArguments.
     stage = Stage1(config, launch) if projector_left or tower_left else None
+    validation, directory = None, validation_directory(config)
+    if stage is not None and tower_left and is_main and directory is not None:
+        validation = Validation(stage, directory, run.path)
 
     if projector_left:
         assert stage is not None
@@ -250,7 +273,7 @@ def run_stage1(config: Stage1Config, launch: Launch, run: Run, data: str | list[
         assert stage is not None
         trained = config.steps_of("projector") > 0
         projector = Projector.load(projector_dir) if trained else stage.new_projector()
-        state = run_phase(stage, "tower", projector, run, data)
+        state = run_phase(stage, "tower", projector, run, data, validation)
         if is_main:
             if part_of(state, "projector"):
                 _save_projector(stage, state, projector_dir)
@@ -290,6 +313,7 @@ def _export(stage: Stage1, state: dict[str, Tensor], run: Run, data: str | list[
             prediction_type=stage.denoiser.prediction_type,
             known_defects=known_defects(config, tower_summary(stage.tower_path), denoiser_summary(stage.denoiser_path)),
             steps={"projector": config.steps_of("projector"), "tower": config.tower_steps},
+            selected=selected(config, run.path),
             seeds={"seed": config.seed},
             num_processes=stage.launch.num_processes,
             precision=stage.launch.precision,

@@ -6,8 +6,9 @@ from `model_type` in its config, never from its path.
 
 from __future__ import annotations
 
+import dataclasses
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -192,7 +193,16 @@ class DualEncoder:
         row = {text: index for index, text in enumerate(unique)}
         return np.concatenate(embeddings)[[row[text] for text in texts]]
 
-    def _pixel_batches(self, files: Sequence[Picture], unreadable: list[int] | None = None) -> Iterator[Tensor]:
+    def pixel_batches(self, files: Sequence[Picture], unreadable: list[int] | None = None) -> Iterator[Tensor]:
+        """Images as the tower sees them, [up to batch_size, 3, S, S] on the CPU.
+
+        Args:
+            files: N images.
+            unreadable: Collects positions of images that cannot be decoded, which become black; None: raises instead.
+
+        Raises:
+            UserError: An image cannot be decoded.
+        """
         for start in range(0, len(files), self.batch_size):
             images = []
             for position, file in enumerate(files[start : start + self.batch_size], start=start):
@@ -203,9 +213,8 @@ class DualEncoder:
                         raise
                     unreadable.append(position)
                     images.append(Image.new("RGB", (self.vision_config.image_size,) * 2))
-            yield self._processor(images, return_tensors="pt")["pixel_values"].to(self.device)
+            yield self._processor(images, return_tensors="pt")["pixel_values"]
 
-    @torch.inference_mode()
     def embed_images(
         self,
         files: Sequence[Picture],
@@ -228,11 +237,22 @@ class DualEncoder:
             UserError: An image cannot be decoded.
         """
         unreadable: list[int] | None = [] if skip_unreadable else None
+        features = self.embed_pixels(
+            self.pixel_batches(files, unreadable), num_token_images=num_token_images, num_patches=num_patches, seed=seed
+        )
+        return dataclasses.replace(features, unreadable=tuple(unreadable or ()))
+
+    @torch.inference_mode()
+    def embed_pixels(
+        self, batches: Iterable[Tensor], *, num_token_images: int = 0, num_patches: int = 8, seed: int = 0
+    ) -> ImageFeatures:
+        """As `embed_images`, on what `pixel_batches` made."""
         rng = np.random.default_rng(seed)
         projected, pooled, classes, patches = [], [], [], []
         done = 0
         with exact_fp32():
-            for pixels in self._pixel_batches(files, unreadable):
+            for batch in batches:
+                pixels = batch.to(self.device)
                 num_kept = min(max(num_token_images - done, 0), len(pixels))
                 output = self._model.vision_model(pixel_values=pixels, output_hidden_states=num_kept > 0)
                 feature = output.pooler_output
@@ -248,12 +268,18 @@ class DualEncoder:
         if patches:
             class_tokens = np.concatenate(classes, axis=1) if self.kind.has_class_token else None
             tokens = TokenSample(class_tokens=class_tokens, patch_tokens=np.concatenate(patches, axis=1))
-        return ImageFeatures(
-            projected=np.concatenate(projected),
-            pooled=np.concatenate(pooled),
-            tokens=tokens,
-            unreadable=tuple(unreadable or ()),
-        )
+        return ImageFeatures(projected=np.concatenate(projected), pooled=np.concatenate(pooled), tokens=tokens)
+
+    def drop_text_side(self) -> None:
+        """Free the memory of the text side; `embed_texts` cannot be used any more."""
+        del self._model.text_model
+
+    @torch.no_grad()
+    def overwrite(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace weights, by their names in the full model."""
+        own = dict(self._model.named_parameters())
+        for name, value in weights.items():
+            own[name].copy_(value)
 
     def _sample_tokens(
         self, hidden_states: Sequence[Tensor], num_kept: int, num_patches: int, rng: np.random.Generator

@@ -23,6 +23,8 @@ from dcr_mllm.evaluation.statistics import Resampler, interval
 from dcr_mllm.runs import write_text_atomic
 
 if TYPE_CHECKING:
+    import jinja2
+
     from dcr_mllm.evaluation.mllm_data import TaskData
 
 
@@ -42,18 +44,23 @@ def write_report(
         scored: The same, scored; also the tower benchmarks.
         out: Folder.
     """
+    environment = page_environment()
+    page = _page(results, tasks, items, scored)
+    for name in ("report.html", "report.md"):
+        write_text_atomic(out / name, environment.get_template(f"{name}.jinja").render(page))
+
+
+def page_environment(*folders: Path) -> jinja2.Environment:
+    """Templates of these folders, then those beside this module, such as the `style.css` that pages include."""
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
         autoescape=lambda name: name is not None and "html" in name,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    page = _page(results, tasks, items, scored)
-    for name in ("report.html", "report.md"):
-        write_text_atomic(out / name, environment.get_template(f"{name}.jinja").render(page))
 
 
 def _page(

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-_INK = "#010203"  # replaced by the page's text colour
+INK = "#010203"
+"""Replaced by the text colour of the page."""
 COLOURS = ("#9a7416", "#2f83c9", "#3f9c63", "#b25fb0", "#c25b4c")
 
 
@@ -47,7 +48,7 @@ def interval_plot(
         chance: Where a dotted line goes.
     """
     step = min(0.22, 0.7 / len(rows))
-    figure, axes = _figure(5.4, max(0.42, 0.16 * len(rows)) * len(names) + 1.0 + 0.1 * len(rows))
+    figure, axes = new_figure(5.4, max(0.42, 0.16 * len(rows)) * len(names) + 1.0 + 0.1 * len(rows))
     for number, (model, values) in enumerate(rows.items()):
         colour = COLOURS[number % len(COLOURS)]
         for row, (value, low, high) in enumerate(values):
@@ -55,12 +56,12 @@ def interval_plot(
             axes.plot([low, high], [height] * 2, color=colour, linewidth=1.6)
             axes.plot([value], [height], "o", color=colour, markersize=6, label=model if row == 0 else None)
     if chance is not None:
-        axes.axvline(chance, color=_INK, linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(names)), [textwrap.fill(name, 20) for name in names], color=_INK)
+        axes.axvline(chance, color=INK, linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, 20) for name in names], color=INK)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel(caption, color=_INK)
-    return _finish(figure, axes)
+    axes.set_xlabel(caption, color=INK)
+    return as_svg(figure, axes)
 
 
 def drift_plot(drifts: Mapping[str, Mapping[str, Any]]) -> str:
@@ -69,19 +70,20 @@ def drift_plot(drifts: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         drifts: By tower the `drift` of `tower_evaluation.json`.
     """
-    figure, axes = _figure(5.4, 2.8)
+    figure, axes = new_figure(5.4, 2.8)
     for number, (name, drift) in enumerate(drifts.items()):
         layers = [entry["layer"] for entry in drift["layers"]]
         cosine = [entry["patch"]["cosine"] for entry in drift["layers"]]
         axes.plot(layers, cosine, "o-", color=COLOURS[(number + 1) % len(COLOURS)], markersize=4, label=name)
-        axes.axvline(drift["llava_layer"], color=_INK, linewidth=0.8, linestyle=":")
+        axes.axvline(drift["llava_layer"], color=INK, linewidth=0.8, linestyle=":")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("layer (0: embeddings); dotted: the one that LLaVA reads", color=_INK)
-    axes.set_ylabel("cosine to the base tower", color=_INK)
-    return _finish(figure, axes)
+    axes.set_xlabel("layer (0: embeddings); dotted: the one that LLaVA reads", color=INK)
+    axes.set_ylabel("cosine to the base tower", color=INK)
+    return as_svg(figure, axes)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    """Figure and axes of a size in inches; for `as_svg`."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -90,24 +92,26 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _finish(figure: Any, axes: Any) -> str:
-    axes.tick_params(colors=_INK)
+def as_svg(figure: Any, axes: Any) -> str:
+    """The SVG element, in the text colour of the page that it stands in, with the legend above the axes."""
+    axes.tick_params(colors=INK)
     for spine in axes.spines.values():
-        spine.set_color(_INK)
+        spine.set_color(INK)
     handles, names = axes.get_legend_handles_labels()
-    names = [textwrap.fill(name, 44, break_on_hyphens=False) for name in names]
-    columns = 1 if max(map(len, names)) > 22 else min(len(names), 3)
-    axes.legend(
-        handles,
-        names,
-        frameon=False,
-        labelcolor=_INK,
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=columns,
-    )
+    if names:
+        names = [textwrap.fill(name, 44, break_on_hyphens=False) for name in names]
+        columns = 1 if max(map(len, names)) > 22 else min(len(names), 3)
+        axes.legend(
+            handles,
+            names,
+            frameon=False,
+            labelcolor=INK,
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=columns,
+        )
     figure.tight_layout()
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight")  # whole names, however long
     text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(_INK, "currentColor")
+    return text[text.index("<svg") :].replace(INK, "currentColor")

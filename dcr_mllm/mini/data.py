@@ -185,9 +185,15 @@ def write_retrieval(directory: Path, split: str = "test") -> Path:
 
 def write_benchmarks(directory: Path, split: str = "test", pairs_per_pattern: int = 100) -> Path:
     """The benchmarks of a split, each drawn once: `mmvp_vlm/`, `mmvp/`, `pope/`, `labelled/` below the directory."""
-    _draw_once(directory / "mmvp_vlm", lambda folder: write_mmvp_vlm(folder, split, pairs_per_pattern))
+    write_tower_benchmarks(directory, split, pairs_per_pattern)
     _draw_once(directory / "mmvp", lambda folder: write_mmvp(folder, split, pairs_per_pattern))
     _draw_once(directory / "pope", lambda folder: write_pope(folder, split))
+    return directory
+
+
+def write_tower_benchmarks(directory: Path, split: str = "test", pairs_per_pattern: int = 100) -> Path:
+    """Those of them that need no language model: `mmvp_vlm/` and `labelled/`."""
+    _draw_once(directory / "mmvp_vlm", lambda folder: write_mmvp_vlm(folder, split, pairs_per_pattern))
     _draw_once(directory / "labelled", lambda folder: write_labelled(folder, split))
     return directory
 

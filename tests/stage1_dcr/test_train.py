@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from dcr_mllm.mini.data import write_labelled, write_mmvp_vlm
 from tests.processes import clean_environment, kill_when_there, run_to_end
 
 REPOSITORY = Path(__file__).parents[2]
@@ -226,14 +227,31 @@ def interleaved(settings: dict, folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "runs" / "test" / "tower" / "model.safetensors")
 
 
+def check_validation_of(directory: Path, split: Path) -> None:
+    """What two processes have measured is what the evaluation says of the tower that they exported."""
+    from dcr_mllm.evaluation.tower import evaluate_towers
+    from stage1_dcr.selection import read_measurements
+
+    found = read_measurements(directory)
+    assert [measurement.step for measurement in found] == [0, 2, 3]
+    places = {"mmvp_vlm": split / "mmvp_vlm", "labelled": split / "labelled"}
+    report = evaluate_towers({"new": directory / "tower"}, **places)["towers"]["new"]
+    assert found[-1].pairs == pytest.approx(100 * report["mmvp_vlm"]["num_correct"] / 36)
+    assert found[-1].zero_shot == pytest.approx(report["zero_shot"]["accuracy"])
+
+
 @pytest.mark.parametrize("stages", [("zero2", "zero3")])
 def test_two_processes_equal_one_that_accumulates(settings: dict, tmp_path: Path, tiny_clip: Path, stages):
     few = {**settings, "projector_steps": 3, "tower_steps": 3, "lora_dropout": 0.0, "num_workers": 0, "save_every": 2}
     judge = interleaved(few, tmp_path / "judge")
     base = load_file(tiny_clip / "model.safetensors")
     towers = {}
+    write_mmvp_vlm(tmp_path / "split" / "mmvp_vlm", "validation", 4)
+    write_labelled(tmp_path / "split" / "labelled", "validation", num_train=2, num_test=40)
+    watched = {**few, "validation": str(tmp_path / "split"), "validate_every": 2}
     for stage in stages:
-        directory = run(tmp_path / stage, few, processes=2, accumulation=1, deepspeed=stage)
+        directory = run(tmp_path / stage, watched, processes=2, accumulation=1, deepspeed=stage)
+        check_validation_of(directory, tmp_path / "split")
         towers[stage] = load_file(directory / "tower" / "model.safetensors")
     trained = [name for name in base if name.endswith("fc1.weight") and name.startswith("vision_model")]
     for name in trained:

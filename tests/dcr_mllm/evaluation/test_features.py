@@ -43,7 +43,7 @@ def test_embeddings_equal_the_models_own_logits(tower, files):
     is_clip = model.config.model_type == "clip"
     ids = tokenizer(TEXTS, padding=True if is_clip else "max_length", return_tensors="pt")
     with torch.inference_mode():
-        pixels = torch.cat(list(encoder._pixel_batches(files)))
+        pixels = torch.cat(list(encoder.pixel_batches(files)))
         mask = {"attention_mask": ids["attention_mask"]} if is_clip else {}
         logits = model(input_ids=ids["input_ids"], pixel_values=pixels, **mask).logits_per_text
     scale, shift = model.logit_scale.exp().item(), 0.0 if is_clip else model.logit_bias.item()
@@ -68,7 +68,7 @@ def test_token_sample(tower, files):
     tokens = encoder.embed_images(files, num_token_images=5, num_patches=6).tokens
     assert tokens is not None
     assert tokens.patch_tokens.shape == (4, 5, 6, 32)
-    pixels = torch.cat(list(encoder._pixel_batches(files)))[:5]
+    pixels = torch.cat(list(encoder.pixel_batches(files)))[:5]
     with torch.inference_mode():
         states = encoder._model.vision_model(pixels, output_hidden_states=True).hidden_states
     first = int(encoder.kind.has_class_token)
@@ -144,3 +144,18 @@ def test_pick_device():
         assert pick_device("auto").type == "cpu"
         with pytest.raises(UserError, match="no CUDA"):
             pick_device("cuda")
+
+
+def test_overwritten_weights_change_images_only(tower, files):
+    encoder, judge = (DualEncoder(tower_summary(tower), device="cpu") for _ in range(2))
+    before, texts = encoder.embed_images(files).projected, encoder.embed_texts(TEXTS)
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    encoder.overwrite({name: judge._model.get_parameter(name) * 2})
+    assert not np.allclose(encoder.embed_images(files).projected, before)
+    assert np.array_equal(encoder.embed_texts(TEXTS), texts)
+    encoder.overwrite({name: judge._model.get_parameter(name)})
+    encoder.drop_text_side()
+    batches = list(encoder.pixel_batches(files))
+    assert np.array_equal(encoder.embed_pixels(batches).projected, before)
+    with pytest.raises(KeyError):
+        encoder.overwrite({"no.such.weight": torch.zeros(1)})
