@@ -218,5 +218,6 @@ def test_a_run_sets_tf32_and_nothing_else_does(tmp_path: Path, monkeypatch: pyte
     config = Stage1Config(tower="-", denoiser="-", hardware=Stage1Hardware(tf32=True), report_to="none")
     launch = trainer.Launch(device="cuda", num_processes=1, precision="fp32", deepspeed=None)
     monkeypatch.setattr(trainer, "TrainingArguments", lambda **arguments: arguments)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     arguments = trainer.stage_arguments(config, launch, "tower", tmp_path)
     assert tf32() == (True, True) and "tf32" not in arguments
