@@ -169,8 +169,8 @@ models.
 {rows}
 
 Rebuild: `python -m dcr_mllm.mini build --out DIR` (the mini CLIP took 4 minutes on an H200 with
-`--device cuda --num-workers 15`, and would take about two and a half hours on one thread; the mini LLM took 41 there). Steps, seeds, curves, hashes and package versions are in `card.json`; `samples.png` shows drawn scenes
-above and generated ones below.
+`--device cuda --num-workers 15`; on one thread 6,000 of its 10,500 steps take 92, and the mini LLM 41). Steps, seeds,
+curves, hashes and package versions are in `card.json`; `samples.png` shows drawn scenes above and generated ones below.
 
 A rebuild rounds differently on another number of threads or with another torch, and a long training carries that far:
 it knows classes as well, but may see other details. The shipped mini CLIP was built on that GPU in fp32.
