@@ -132,6 +132,33 @@ def test_siglip_tower_trains_and_is_exported(settings: dict, tiny_siglip: Path, 
     assert layers and changed == layers
 
 
+def test_end_to_end_has_one_phase_and_both_rates(settings: dict, tmp_path: Path):
+    """Killed and resumed as well: weights and losses are those of an uninterrupted run."""
+    changes = {"objective": "dcr-end-to-end", "condition": "class+pooled-patches", "tower_steps": 4}
+    changes |= {"projector_learning_rate": 1e-2, "tower_learning_rate": 1e-4}
+    whole = run(tmp_path / "whole", settings, **changes)
+    assert {phase for phase, _, _ in losses(whole)} == {"tower"}
+    state = torch.load(whole / "checkpoints" / "tower" / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    # 6 tensors of the projector: 3 of them biases or a norm's, which no weight decay holds back.
+    rates = sorted((group["lr"], group["weight_decay"], len(group["params"])) for group in state["param_groups"])
+    weights = load_file(whole / "checkpoints" / "tower" / "checkpoint-4" / "model.safetensors")
+    num_lora = sum(".lora_" in name for name in weights)
+    assert rates == [(1e-4, 0.01, num_lora), (1e-2, 0.0, 4), (1e-2, 0.01, 2)]
+    projector = load_file(whole / "projector" / "model.safetensors")
+    for name, value in projector.items():
+        assert torch.equal(value, weights[f"projector.{name}"])
+    assert (whole / "tower" / "model.safetensors").is_file()
+
+    resumed = tmp_path / "resumed"
+    argv, environment = command(resumed, settings, **changes)
+    marker = resumed / "runs" / "test" / "checkpoints" / "tower" / "checkpoint-2" / "COMPLETE"
+    kill_when_there(argv, environment, marker, resumed / "log.txt")
+    again = run(resumed, settings, **changes)
+    assert losses(again) == losses(whole)
+    for part in ("projector", "tower"):
+        assert (again / part / "model.safetensors").read_bytes() == (whole / part / "model.safetensors").read_bytes()
+
+
 def test_checkpoints_hold_what_trains_and_no_more(finished: Path):
     for phase, marker in (("projector", "projector."), ("tower", ".lora_")):
         last = finished / "checkpoints" / phase / f"checkpoint-{NUM_STEPS}"
