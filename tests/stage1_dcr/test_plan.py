@@ -16,8 +16,9 @@ from dcr_mllm.memory import step_memory
 from scripts.benchmark_plan import LIMIT, SETTINGS, run_child
 from stage1_dcr import plan_step
 from stage1_dcr.config import Stage1Config
+from stage1_dcr.estimate import conditions_per_row
 from stage1_dcr.plan import measured_images_per_second, rows_that_fit
-from stage1_dcr.plan_step import REST, PlannedStep, conditions_per_row, planned_memory, unet_flops
+from stage1_dcr.plan_step import REST, PlannedStep, planned_memory, unet_flops
 
 CPU = Launch(device="cpu", num_processes=1, precision="fp32", deepspeed=None)
 
