@@ -86,7 +86,6 @@ def ignored_settings(config: Any) -> list[str]:
         "keep_close_distance": "" if config.keep_close else "keep_close is 0",
         "diagnose_every": "" if config.tower_steps else "there is no tower phase",
         "select": "" if config.tower_steps else "there is no tower phase",
-        "validation": "" if config.tower_steps else "there is no tower phase",
         **dict.fromkeys(
             ("condition", "timestep_range", "timestep_sampling", "prediction_type", "projector"),
             "" if denoises else "no phase uses the denoiser",

@@ -6,15 +6,14 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dcr_mllm.evaluation.report_plots import COLOURS
+from dcr_mllm.evaluation.report_plots import COLOURS, INK, new_figure
 
 _METADATA = ("Date", "Creator", "Format", "Type")  # left out
-_INK = "#010203"  # replaced by the page's text colour
 
 
 def trade_off_plot(summary: Mapping[str, Any]) -> str:
     """P-Ability gained against D-Ability changed: a cross per objective (95 % intervals), a dot per seed."""
-    figure, axes = _figure(6.4, 4.2)
+    figure, axes = new_figure(6.4, 4.2)
     for number, (objective, entry) in enumerate(summary.items()):
         colour = COLOURS[number % len(COLOURS)]
         across, up = entry["gain"]["pairs"], entry["gain"]["d_ability"]
@@ -23,15 +22,15 @@ def trade_off_plot(summary: Mapping[str, Any]) -> str:
         axes.plot([across["mean"]], [up["mean"]], "o", color=colour, markersize=7, label=objective)
         axes.plot(across["per_seed"], up["per_seed"], "o", color=colour, markersize=3, alpha=0.6)
     _zero(axes, both=True)
-    axes.set_xlabel("P-Ability (pairs), gain in points", color=_INK)
-    axes.set_ylabel("D-Ability, change in points", color=_INK)
-    axes.legend(frameon=False, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    axes.set_xlabel("P-Ability (pairs), gain in points", color=INK)
+    axes.set_ylabel("D-Ability, change in points", color=INK)
+    axes.legend(frameon=False, labelcolor=INK, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return _svg(figure, axes)
 
 
 def sweep_plot(rows: Sequence[Mapping[str, Any]]) -> str:
     """Gain of each tried value over the untouched tower, in P-Ability and D-Ability."""
-    figure, axes = _figure(6.4, 0.42 * len(rows) + 1.2)
+    figure, axes = new_figure(6.4, 0.42 * len(rows) + 1.2)
     for number, (measure, name) in enumerate((("pairs", "P-Ability (pairs)"), ("d_ability", "D-Ability"))):
         colour = COLOURS[number]
         for row, entry in enumerate(rows):
@@ -39,37 +38,28 @@ def sweep_plot(rows: Sequence[Mapping[str, Any]]) -> str:
             axes.plot(gain["interval"], [height] * 2, color=colour, linewidth=1.6)
             axes.plot([gain["mean"]], [height], "o", color=colour, markersize=5, label=name if row == 0 else None)
     _zero(axes)
-    axes.set_yticks(range(len(rows)), [entry["label"] for entry in rows], color=_INK)
+    axes.set_yticks(range(len(rows)), [entry["label"] for entry in rows], color=INK)
     axes.invert_yaxis()
-    axes.set_xlabel("gain over the untouched tower in points, 95 % intervals over items", color=_INK)
-    axes.legend(frameon=False, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    axes.set_xlabel("gain over the untouched tower in points, 95 % intervals over items", color=INK)
+    axes.legend(frameon=False, labelcolor=INK, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return _svg(figure, axes)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    FigureCanvasSVG(figure)
-    return figure, figure.subplots()
-
-
 def _zero(axes: Any, *, both: bool = False) -> None:
-    axes.axvline(0, color=_INK, linewidth=0.8, linestyle=":")
+    axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
     if both:
-        axes.axhline(0, color=_INK, linewidth=0.8, linestyle=":")
+        axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
 
 
 def _svg(figure: Any, axes: Any) -> str:
     import matplotlib
 
-    axes.tick_params(colors=_INK)
+    axes.tick_params(colors=INK)
     for spine in axes.spines.values():
-        spine.set_color(_INK)
+        spine.set_color(INK)
     buffer = io.StringIO()
     # Letters stay letters, and equal tables give equal files.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ablation"}):
         figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata=dict.fromkeys(_METADATA))
     text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(_INK, "currentColor")
+    return text[text.index("<svg") :].replace(INK, "currentColor")
