@@ -64,10 +64,10 @@ class Metrics:
             values: By name.
             weights: Of some of them, such as the number of rows in a mean over some rows; the others weigh 1.
         """
-        first = next(iter(values.values()))
-        ones = dict.fromkeys(values, torch.ones((), device=first.device))
-        pairs = [(values[name].detach().float(), weight) for name, weight in {**ones, **(weights or {})}.items()]
-        row = torch.stack([torch.stack([value * weight, weight]) for value, weight in pairs], dim=1)
+        means = torch.stack([value.detach().float() for value in values.values()])
+        one, weights = torch.ones((), device=means.device), weights or {}
+        shares = torch.stack([weights.get(name, one) for name in values])
+        row = torch.stack([means * shares, shares])
         self._names = list(values)
         self._sums = row if self._sums is None else self._sums + row
 

@@ -9,41 +9,24 @@ import pytest
 import torch
 from scipy import stats
 
-from dcr_mllm.towers import add_lora, image_statistics, load_full_model, lora_config, vision_tower
 from stage1_dcr.condition import TowerFeatures, distance_to_base, projector_input, read_tower
-from stage1_dcr.config import Stage1Config
 from stage1_dcr.contrastive import contrastive_loss
-from stage1_dcr.denoiser import Denoiser
 from stage1_dcr.objective import dcr_loss
-from stage1_dcr.projector import Projector
 from stage1_dcr.step import TrainingStep
 from stage1_dcr.timesteps import NUM_BINS, by_timestep, draw_timesteps
+from tests.stage1_dcr import test_step
 from tests.stage1_dcr.test_objective import ToyDenoiser, make_batch
 from tests.stage1_dcr.test_step import BATCH, batch
 
 
-def build(tower_dir: Path, denoiser_dir: Path, phase: str = "tower", **settings: object) -> TrainingStep:
-    """The step as stage 1 makes it, LoRA already moved away from zero."""
-    config = Stage1Config(tower=str(tower_dir), denoiser=str(denoiser_dir), data="x", **settings)
-    tower, reference = (vision_tower(load_full_model(tower_dir)) for _ in range(2))
-    torch.manual_seed(0)
-    denoiser = Denoiser.load(denoiser_dir)
-    width = config.condition_width(embedding_width=tower.width, hidden_size=tower.hidden_size)
-    projector = Projector(width, denoiser.cross_attention_dim, hidden_width=8)
-    if phase == "tower":
-        add_lora(tower, lora_config(2, 2, 0.0, except_block=config.untouched_block(tower.num_layers)))
-        for name, parameter in tower.named_parameters():
-            if ".lora_B." in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-    return TrainingStep(
-        phase=phase,
-        tower=tower,
-        projector=projector.requires_grad_(True),
-        denoiser=denoiser,
-        statistics=image_statistics(tower_dir),
-        config=config,
-        reference=reference,
-    )
+def build(tower_dir: Path, denoiser_dir: Path, **settings: object) -> TrainingStep:
+    """A step of the tower phase whose LoRA has moved away from zero."""
+    step = test_step.build(tower_dir, denoiser_dir, **settings)
+    torch.manual_seed(1)
+    for name, parameter in step.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return step
 
 
 def unit(x: np.ndarray) -> np.ndarray:

@@ -27,16 +27,17 @@ def build(tower_dir: Path, denoiser_dir: Path, phase: str = "tower", **settings:
     torch.manual_seed(0)
     tower = copy.deepcopy(base)
     if phase == "tower":
-        add_lora(tower, lora_config(2, 2, 0.0))
+        add_lora(tower, lora_config(2, 2, 0.0, except_block=config.untouched_block(tower.num_layers)))
     denoiser = Denoiser.load(denoiser_dir)
+    width = config.condition_width(embedding_width=base.width, hidden_size=base.hidden_size)
     return TrainingStep(
         phase=phase,
         tower=tower,
-        projector=Projector(base.width, denoiser.cross_attention_dim, hidden_width=8),
+        projector=Projector(width, denoiser.cross_attention_dim, hidden_width=8),
         denoiser=denoiser,
         statistics=image_statistics(tower_dir),
         config=config,
-        reference=base if config.keep_close else None,
+        reference=base,
     )
 
 
