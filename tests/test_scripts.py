@@ -213,13 +213,14 @@ def test_exit_status_is_passed_on(checkout: Checkout) -> None:
 def test_test_script_runs_linters_types_and_tests(checkout: Checkout, tmp_path: Path) -> None:
     done = checkout.run("test.sh", "-k", "some name", "--slow", "tests/dcr_mllm", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    expected = ["2", "1", str(checkout.repo), "-m", "", "-k", "some name", "tests/dcr_mllm"]
+    processes = ["-n", "auto", "--maxprocesses", "8", "--dist", "loadfile"]
+    expected = ["1", "1", str(checkout.repo), *processes, "-m", "", "-k", "some name", "tests/dcr_mllm"]
     assert done.stdout.splitlines() == [f"<{item}>" for item in expected]
     lines = [line.removeprefix("venv ") for line in checkout.log.read_text().splitlines()]
     order = ["-m ruff check .", "-m ruff format --check .", "-m mypy"]
     assert [line for line in lines if line in order] == order
     plain = checkout.run("test.sh", OMP_NUM_THREADS="5")
-    assert plain.stdout.splitlines() == ["<5>", "<1>", f"<{checkout.repo}>"]
+    assert plain.stdout.splitlines() == [f"<{item}>" for item in ("5", "1", checkout.repo, *processes)]
 
 
 def test_ci_runs_the_test_script() -> None:
