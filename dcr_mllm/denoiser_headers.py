@@ -20,6 +20,7 @@ class DenoiserSummary:
         cross_attention_dim: width of the conditions the UNet takes.
         text_width: width of the text encoder's output.
         prediction_type: what the UNet predicts, from its scheduler.
+        num_train_timesteps: diffusion times that it was trained on, from its scheduler.
         latent_channels: channels of the VAE's latents.
         vae_scale: pixels per latent cell and side.
         unet_scale: by how much the UNet shrinks the latents on its way down.
@@ -32,6 +33,7 @@ class DenoiserSummary:
     cross_attention_dim: int
     text_width: int
     prediction_type: str
+    num_train_timesteps: int
     latent_channels: int
     vae_scale: int
     unet_scale: int
@@ -88,6 +90,7 @@ def denoiser_summary(directory: str | os.PathLike[str]) -> DenoiserSummary:
         cross_attention_dim=int(cross),
         text_width=int(text.get("hidden_size", 512)),
         prediction_type=str(scheduler.get("prediction_type", "epsilon")),
+        num_train_timesteps=int(scheduler.get("num_train_timesteps", 1000)),
         latent_channels=latent,
         vae_scale=2 ** (len(vae.get("block_out_channels", [64])) - 1),
         unet_scale=2 ** (len(unet.get("block_out_channels", [320, 640, 1280, 1280])) - 1),

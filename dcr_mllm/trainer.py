@@ -244,6 +244,16 @@ class StreamTrainer(Trainer):
         self._watch.forward_done(loss, last=self.accelerator.sync_gradients)
         return loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock method, which takes one more step where a checkpoint of the last one is all that is left to do.
+
+        So a run that was killed between its last checkpoint and its export exports what that checkpoint holds.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock method.
 

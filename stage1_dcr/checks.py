@@ -54,6 +54,8 @@ def preflight(config: Any) -> list[str]:
     ]
     notes += check_tower(tower)
     notes += check_denoiser(denoiser, config.prediction_type)
+    if config.objective != "contrastive":
+        check_timesteps(config.timestep_range, denoiser)
     notes += check_sizes(tower, denoiser, config.image_size, config.diffusion_size)
     if config.projector is not None:
         width = config.condition_width(embedding_width=tower.width, hidden_size=tower.hidden_size)
@@ -96,6 +98,16 @@ def ignored_settings(config: Any) -> list[str]:
         for name, reason in reasons.items()
         if reason and getattr(config, name) != defaults[name]
     ]
+
+
+def check_timesteps(timestep_range: tuple[int, int], denoiser: DenoiserSummary) -> None:
+    """Refuses diffusion times that the denoiser's noise schedule does not have."""
+    low, high = timestep_range
+    if high > denoiser.num_train_timesteps:
+        raise UserError(
+            f"timestep_range is [{low}, {high}), but the scheduler of {denoiser.path} has only the times below "
+            f"{denoiser.num_train_timesteps} (num_train_timesteps): lower its end."
+        )
 
 
 def check_diagnostics(deepspeed: Path) -> None:

@@ -198,6 +198,11 @@ class Stage1Config:
                 f"hardware.compile and hardware.cuda_graphs want chunks of one size, but rows_per_chunk "
                 f"{self.rows_per_chunk} does not divide batch_size {self.batch_size}: take a divisor, or auto."
             )
+        if self.objective == "joint" and self.diagnose_every and self.hardware.cuda_graphs:
+            raise UserError(
+                "diagnose_every cannot be used with hardware.cuda_graphs under the objective joint, whose recorded "
+                "backward pass would be replayed twice on one forward pass: set one of them to 0 or false."
+            )
         low, high = self.timestep_range
         if not 0 <= low < high:
             raise UserError(f"timestep_range must be [low, high) with 0 <= low < high, found [{low}, {high}).")
@@ -233,8 +238,12 @@ class Stage1Config:
         return widths[self.condition]
 
     def untouched_block(self, num_layers: int) -> int | None:
-        """The vision block without LoRA: the last one where the loss reads the layer before it."""
-        return num_layers - 1 if self.condition == "pooled-patches@-2" else None
+        """The vision block without LoRA: the last one where the loss reads the layer before it.
+
+        The feature contrast reads the class embedding, whatever the condition is.
+        """
+        contrasts_features = self.objective in ("contrastive", "joint")
+        return num_layers - 1 if self.condition == "pooled-patches@-2" and not contrasts_features else None
 
     def num_negatives(self, num_processes: int) -> int:
         """Negatives per row with this many processes.

@@ -181,6 +181,11 @@ def trajectory(measurements: Sequence[Measurement], choice: Choice) -> str:
         if best.pairs is not None and best.pairs - chosen.pairs > noise:
             return f"{end}, and step {best.step} had {best.pairs:.1f} %: the peak lay before it."
         return f"{end}, so more steps might change it further."
+    if last.pairs is not None and last.pairs - chosen.pairs > noise:
+        return (
+            f"{where}, more than {rule}; the last step, {last.step}, names more ({last.pairs:.1f} %), but lost more "
+            f"zero-shot accuracy than zero_shot_margin {choice.margin:g} allows."
+        )
     if last.pairs is not None and chosen.pairs - last.pairs > noise:
         return f"{where}, more than {rule}; a peak in the middle: the last step, {last.step}, has {last.pairs:.1f} %."
     return (

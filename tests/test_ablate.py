@@ -75,7 +75,8 @@ def record(objective: str = "dcr", seed: int = 0, gained: int = 4, **more: Any) 
     """A finished cell."""
     cell = {"objective": objective, "seed": seed, "changes": {}, "factor": None, **more}
     spent = {"tower": {"run": f"{objective}-{seed}-{more}", "started": 10.0 * seed, "ended": 10.0 * seed + 15}}
-    looks = [{"step": step, "conflict": {"cosine": cosine}} for step, cosine in enumerate((-0.5, -0.1, 0.2))]
+    norms = {"norm_contrastive": 0.3, "norm_reconstruction": 0.01}
+    looks = [{"step": step, "conflict": {"cosine": cosine} | norms} for step, cosine in enumerate((-0.5, -0.1, 0.2))]
     return {
         "kind": "cell",
         "cell": cell,
@@ -252,19 +253,24 @@ def test_a_record_stays_small(tmp_path: Path):
 
 
 def test_diagnostics_are_summed_up():
+    conflict = {"norm_contrastive": 3.0, "norm_reconstruction": 0.2}
     looks = [
         {"step": 0, "conflict": None},
-        {"step": 5, "conflict": {"cosine": None}},
-        {"step": 10, "conflict": {"cosine": -0.2}, "effective_rank": {"base": 9.0, "tower": 8.0}},
+        {"step": 5, "conflict": {"cosine": None, "norm_contrastive": 0.5, "norm_reconstruction": 0.0}},
+        {"step": 10, "conflict": conflict | {"cosine": -0.2}, "effective_rank": {"base": 9.0, "tower": 8.0}},
         {
             "step": 20,
-            "conflict": {"cosine": 0.1},
+            "conflict": {"cosine": 0.1, "norm_contrastive": 1.0, "norm_reconstruction": 0.4},
             "effective_rank": {"base": 9.0, "tower": 7.0},
             "drift": {"class": [None, 0.1, 0.3, 0.5], "patches": [0.0, 0.2, 0.4, 0.6]},
         },
     ]
     found = diagnosed([json.dumps(look) for look in looks])
-    assert found is not None and found["conflict"] == {"looks": 2, "negative": 1, "mean_cosine": pytest.approx(-0.05)}
+    assert found is not None
+    norms = found["conflict"].pop("norms")
+    assert found["conflict"] == {"looks": 2, "negative": 1, "mean_cosine": pytest.approx(-0.05)}
+    assert norms["contrastive"] == {"mean": pytest.approx(1.5), "min": 0.5, "max": 3.0}
+    assert norms["reconstruction"] == {"mean": pytest.approx(0.2), "min": 0.0, "max": 0.4}
     assert found["effective_rank"]["tower"] == 7.0
     assert found["drift_at_llava_layer"] == {"class": 0.3, "patches": 0.4}
     assert diagnosed([]) is None
@@ -302,7 +308,8 @@ def test_statistics_by_hand():
     ability, drawn = comparing.change(entry, "d_ability")
     parts = [comparing.change(entry, name) for name in ("zero_shot", "knn")]
     assert ability == pytest.approx((parts[0][0] + parts[1][0] + 6) / 3)
-    np.testing.assert_allclose(drawn, (parts[0][1][:4] + parts[1][1][:4] + draws[1]) / 3)
+    # The draws that are kept have a mean of 25, and move onto the difference.
+    np.testing.assert_allclose(drawn, (parts[0][1][:4] + parts[1][1][:4] + draws[1] - 25 + 6) / 3)
     # Against another tower the base drops out.
     other = json.loads(json.dumps(entry))
     other["draws"]["nmi"], other["measures"]["nmi"]["difference"] = pack_draws(draws[1] - 1), 5.0
@@ -329,6 +336,7 @@ def test_tables_come_from_the_records_alone(tmp_path: Path, capsys: pytest.Captu
             "kind": "stage2",
             "arm": {"tower": tower, "seed": 0},
             "overrides": ["stage2.seed=3"],
+            "settings": {"weights": {"llm": "a"}},
             "measures": dict.fromkeys(("mmvp_pairs", "mmvp_single", "heldout", "heldout_blind"), 100 * sum(bits) / 4),
             "items": {"mmvp_pairs": pack_bits(bits), "heldout": pack_bits(bits)},
             "spent": {"llava": {"run": tower, "started": 100.0, "ended": 130.0}},
@@ -375,6 +383,12 @@ def test_records_of_different_experiments_make_no_table(tmp_path: Path):
     write_record(tmp_path, "a", record())
     write_record(tmp_path, "b", {**record(seed=1), "overrides": ["tower_steps=2"]})
     with pytest.raises(UserError, match="differ in overrides"):
+        read_records(tmp_path)
+    write_record(tmp_path, "b", record(seed=1))
+    arm = {"kind": "stage2", "overrides": ["stage2.seed=3"], "settings": {"weights": {"llm": "a"}}}
+    write_record(tmp_path, "c", arm)
+    write_record(tmp_path, "d", {**arm, "settings": {"weights": {"llm": "b"}}})
+    with pytest.raises(UserError, match="differ in weights"):
         read_records(tmp_path)
 
 

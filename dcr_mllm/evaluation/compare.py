@@ -13,7 +13,7 @@ import numpy as np
 
 from dcr_mllm.evaluation.features import TokenSample
 from dcr_mllm.evaluation.measures import CLUSTER_SCORES, clustering_draws, token_drift
-from dcr_mllm.evaluation.statistics import Resampler, holm, interval, mcnemar_exact, minimum_detectable_effect
+from dcr_mllm.evaluation.statistics import Resampler, centred, holm, interval, mcnemar_exact, minimum_detectable_effect
 
 NUM_CLUSTERING_RESAMPLES = 300
 SMALL_PAIR_SET = 300
@@ -138,7 +138,7 @@ def compare(base: Measured, tower: Measured, items: Items) -> dict:
         before_draws, after_draws = items.cluster_draws(base), items.cluster_draws(tower)
         for score in CLUSTER_SCORES:
             values = [measured.report["clustering"][score]["mean"] for measured in (base, tower)]
-            draws = 100 * (after_draws[score] - before_draws[score])
+            draws = centred(100 * (after_draws[score] - before_draws[score]), values[1] - values[0])
             measures[score] = {
                 "base": values[0],
                 "tower": values[1],

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dcr_mllm.evaluation.published import ablations
-from dcr_mllm.evaluation.statistics import Resampler, combine_seed_draws, holm, interval, mcnemar_exact
+from dcr_mllm.evaluation.statistics import Resampler, centred, combine_seed_draws, holm, interval, mcnemar_exact
 from scripts.ablation.grid import BASE, OBJECTIVES, STAGE2_ARMS, SWEEP_OBJECTIVE, SWEEP_SEED, SWEEPS, Cell
 from scripts.ablation.records import DRAWN, ITEMS, find, unpack_bits, unpack_draws
 from scripts.ablation.verdicts import verdicts
@@ -39,7 +39,7 @@ def change(record: Record, measure: str, other: Record | None = None) -> tuple[f
     """A tower's difference to the base, or to another tower: in points, and its draws [R] over the items.
 
     Draw r is the same resample of the items for every record, so draws of several records may be subtracted and
-    averaged.
+    averaged. Those that a record keeps are moved onto their difference (see `centred`).
     """
     if measure == "d_ability":
         parts = [change(record, name, other) for name in D_ABILITY]
@@ -55,7 +55,7 @@ def change(record: Record, measure: str, other: Record | None = None) -> tuple[f
     if other is not None:
         value = value - other["measures"][measure]["difference"]
         draws = draws - unpack_draws(other["draws"][measure])
-    return float(value), draws
+    return float(value), centred(draws, value)
 
 
 def over_seeds(changes: Sequence[tuple[float, np.ndarray]]) -> dict[str, Any]:

@@ -170,15 +170,17 @@ def _diagnostics(found: Mapping[str, Any]) -> Section:
                 str(entry["seed"]),
                 f"{100 * conflict['negative'] / conflict['looks']:.0f} % of {conflict['looks']}" if conflict else "-",
                 f"{conflict['mean_cosine']:+.3f}" if conflict else "-",
+                " / ".join(f"{norm['mean']:.3f}" for norm in conflict["norms"].values()) if conflict else "-",
                 " to ".join(f"{rank[name]:.1f}" for name in ("base", "tower") if name in rank) or "-",
                 *(f"{drift[kind]:.4f}" if kind in drift else "-" for kind in ("class", "patches")),
             ]
         )
     note = (
-        "Share of looks at which the gradients of contrast and reconstruction point apart, and their mean cosine; "
-        "effective rank of the embeddings before and after; cosine distance to the base in the layer that LLaVA reads."
+        "Share of looks at which the gradients of contrast and reconstruction point apart, their mean cosine and mean "
+        "norms; effective rank of the embeddings before and after; cosine distance to the base in the layer that LLaVA "
+        "reads."
     )
-    header = ["objective", "seed", "conflict", "cosine", "effective rank", "drift, class", "drift, patches"]
+    header = ["objective", "seed", "conflict", "cosine", "norms", "effective rank", "drift, class", "drift, patches"]
     return Section("Diagnostics", note, header, rows)
 
 

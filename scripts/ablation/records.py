@@ -89,7 +89,13 @@ def diagnosed(lines: Iterable[str]) -> dict[str, Any] | None:
     summary: dict[str, Any] = {"looks": len(looks), "last_step": last["step"], "conflict": None}
     if cosines:
         negative = sum(cosine < 0 for cosine in cosines)
-        summary["conflict"] = {"looks": len(cosines), "negative": negative, "mean_cosine": float(np.mean(cosines))}
+        norms = {key: [c[f"norm_{key}"] for c in conflicts] for key in ("contrastive", "reconstruction")}
+        summary["conflict"] = {
+            "looks": len(cosines),
+            "negative": negative,
+            "mean_cosine": float(np.mean(cosines)),
+            "norms": {key: {"mean": float(np.mean(v)), "min": min(v), "max": max(v)} for key, v in norms.items()},
+        }
     for key in ("effective_rank", "uniformity", "alignment"):
         summary[key] = last.get(key)
     # Hidden states from the embeddings to the last block: LLaVA reads the last but one.
@@ -127,17 +133,19 @@ def read_records(directory: Path) -> dict[str, list[dict[str, Any]]]:
             the rest.
     """
     found: dict[str, list[dict[str, Any]]] = {"cell": [], "stage2": []}
-    first: tuple[Path, dict[str, Any]] | None = None
+    first: dict[str, tuple[Path, dict[str, Any]]] = {}
     for file in sorted(directory.glob("*.json")):
         record = read_record(file)
         if record["kind"] == "cell":
             shared = {key: record[key] for key in ("split", "overrides", "weights", "benchmarks")}
-            first = first or (file, shared)
-            for key, value in shared.items():
-                if value != first[1][key]:
-                    raise UserError(
-                        f"{file} and {first[0]} differ in {key}, so they are not of one table; move one of them away."
-                    )
+        else:
+            shared = {"overrides": record["overrides"], "weights": record["settings"]["weights"]}
+        other, wanted = first.setdefault(record["kind"], (file, shared))
+        for key, value in shared.items():
+            if value != wanted[key]:
+                raise UserError(
+                    f"{file} and {other} differ in {key}, so they are not of one table; move one of them away."
+                )
         found[record["kind"]].append(record)
     if not found["cell"]:
         raise UserError(f"{directory} has no finished cell; run python scripts/ablate.py first.")

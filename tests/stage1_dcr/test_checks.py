@@ -17,7 +17,8 @@ import pytest
 from dcr_mllm.errors import UserError
 from dcr_mllm.launch import DEEPSPEED_DIR, deepspeed_file
 from stage1_dcr.checks import check_data, expand, preflight
-from stage1_dcr.config import Stage1Config
+from stage1_dcr.config import Condition, Objective, Stage1Config
+from stage1_dcr.hardware import Stage1Hardware
 from tests.fake_models import OPENAI_MEAN, OPENAI_STD, write_denoiser, write_json, write_projector, write_tower
 
 
@@ -72,6 +73,27 @@ def test_settings_that_no_phase_reads_are_named(config: Stage1Config) -> None:
     assert "keep_close_tokens patches is ignored" in ignored(keep_close_tokens="patches")[0]
     assert "no projector phase" in ignored(objective="dcr-end-to-end", projector_objective="dcr")[0]
     assert "no phase uses the denoiser" in ignored(objective="contrastive", condition="class+pooled-patches")[0]
+
+
+def test_times_that_the_denoiser_does_not_have(config: Stage1Config) -> None:
+    with pytest.raises(UserError, match=r"timestep_range is \[0, 2000\).*below 1000"):
+        preflight(dataclasses.replace(config, timestep_range=(0, 2000)))
+    preflight(dataclasses.replace(config, timestep_range=(0, 2000), objective="contrastive"))
+
+
+def test_joint_is_not_looked_into_under_recorded_graphs(config: Stage1Config) -> None:
+    graphs = Stage1Hardware(cuda_graphs=True)
+    dataclasses.replace(config, objective="dcr", diagnose_every=5, hardware=graphs)
+    with pytest.raises(UserError, match="diagnose_every.*hardware.cuda_graphs.*joint"):
+        dataclasses.replace(config, objective="joint", diagnose_every=5, hardware=graphs)
+
+
+def test_the_block_without_lora_is_one_that_no_loss_reads(config: Stage1Config) -> None:
+    def without(objective: Objective, condition: Condition = "pooled-patches@-2") -> int | None:
+        return dataclasses.replace(config, objective=objective, condition=condition).untouched_block(6)
+
+    assert without("dcr") == without("reconstruction") == without("dcr-end-to-end") == 5
+    assert without("joint") is without("contrastive") is without("dcr", "class+pooled-patches") is None
 
 
 def test_one_image_has_no_negatives(config: Stage1Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -184,8 +185,17 @@ def test_killed_in_both_phases_and_resumed_gives_the_same_losses(finished: Path,
     kill_after(tmp_path, settings, "tower/checkpoint-5")
     resumed = run(tmp_path, settings)
     assert losses(resumed) == losses(finished)
-    one, other = (load_file(path / "tower" / "model.safetensors") for path in (resumed, finished))
-    assert all(torch.equal(one[name], other[name]) for name in other)
+    expected = load_file(finished / "tower" / "model.safetensors")
+    one = load_file(resumed / "tower" / "model.safetensors")
+    assert all(torch.equal(one[name], expected[name]) for name in expected)
+    # As a kill between the last checkpoint and the export leaves it: nothing is left to train.
+    shutil.rmtree(resumed / "tower")
+    (resumed / "finished.json").unlink()
+    run(tmp_path, settings)
+    again = load_file(resumed / "tower" / "model.safetensors")
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    assert losses(resumed) == losses(finished)
+    assert not (resumed / "checkpoints" / "tower" / f"checkpoint-{NUM_STEPS + 1}").exists()
 
 
 def test_finished_run_prints_results_and_is_not_overwritten(finished: Path, settings: dict):

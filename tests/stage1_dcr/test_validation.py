@@ -83,6 +83,14 @@ def test_trajectory_in_words(pairs: list[float], rule: str, words: str) -> None:
     assert choice is not None and words in trajectory(measurements, choice)
 
 
+def test_trajectory_whose_best_step_lost_its_classes() -> None:
+    measurements = [BASE, measured(1, 33.0, 90.0), measured(2, 45.0, 80.0)]
+    choice = choose(measurements, "best-validation", 2.0)
+    assert choice is not None and choice.chosen.step == 1
+    words = trajectory(measurements, choice)
+    assert "the last step, 2, names more (45.0 %), but lost more zero-shot accuracy" in words
+
+
 # What is refused before anything is loaded.
 
 
