@@ -164,7 +164,10 @@ def _flips(base: Sequence[Scored], model: Sequence[Scored]) -> dict[str, int]:
 
 def _training(num_base: int, num_model: int) -> str:
     if num_base == num_model == 1:
-        return "one training run each: training variance not measured"
+        return (
+            "one training run each: training variance not measured, so verdicts speak of these two models and not of "
+            "how they were made"
+        )
     if min(num_base, num_model) == 1:
         return (
             f"training variance measured over the {max(num_base, num_model)} runs of one side, and taken to be the "

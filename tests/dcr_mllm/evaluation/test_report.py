@@ -144,7 +144,7 @@ def test_markdown_says_the_same(tmp_path: Path):
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# new against old\n\nDrawn benchmarks")
     assert "**mini-mmvp: better**\n\nnew 83.3, old 16.7 (pair accuracy): +66.7 points" in text
-    assert "One training run each: training variance not measured.\n" in text
+    assert "One training run each: training variance not measured, so verdicts speak of these two models and" in text
     table = text.split("## mini-mmvp\n\n")[1].split("\n\n")[0].splitlines()
     assert table[0] == "| 24 questions | old | new | new − old | 95 % interval |"
     assert set(table[1]) == {"|", "-"} and table[2].startswith("| **pair accuracy** | 16.7 | 83.3 | +66.7 |")

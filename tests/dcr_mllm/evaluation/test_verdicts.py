@@ -168,7 +168,9 @@ def test_variance_of_training_against_a_written_out_t_test():
     one = compare_task(base[:1], model[:1])["measures"]["accuracy"]["interval"]
     assert 2 * half > 1.5 * (one[1] - one[0])
     assert entry["test"].startswith("t test over training runs") and "over 3 and 2 runs" in entry["training"]
-    assert compare_task(base[:1], model[:1])["training"] == "one training run each: training variance not measured"
+    assert compare_task(base[:1], model[:1])["training"].startswith(
+        "one training run each: training variance not measured, so verdicts speak of these two models"
+    )
     assert "runs of one side" in compare_task(base[:1], model)["training"]
 
 
