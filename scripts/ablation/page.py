@@ -60,7 +60,9 @@ def facts(found: Mapping[str, Any]) -> list[str]:
         "differences in points; intervals are 95 %.",
     ]
     if time["resumed_runs"]:
-        lines.append(f"{time['resumed_runs']} runs were killed and went on; what came before is not in their time.")
+        lines.append(
+            f"Runs that were killed and went on: {time['resumed_runs']}; what came before is not in their time."
+        )
     others = found["base"]["records_that_measured_otherwise"]
     if others:
         lines.append(f"{others} cells measured the base a little differently (other libraries or devices).")

@@ -14,6 +14,7 @@ from PIL import Image
 from dcr_mllm.errors import UserError
 from dcr_mllm.evaluation.compare import Items, Measured, compare
 from dcr_mllm.evaluation.features import ImageFeatures
+from dcr_mllm.evaluation.measures import clustering_summary
 from dcr_mllm.evaluation.mmvp_vlm import PATTERNS, Pair
 from dcr_mllm.evaluation.table import format_table
 from dcr_mllm.evaluation.tower import _measure_pairs, evaluate_towers, main, tower_names
@@ -84,6 +85,23 @@ def test_a_tower_against_its_copy_differs_in_nothing(result):
             assert layer[token]["relative_l2"] == pytest.approx(0.0, abs=1e-6)
             assert layer[token]["cka"] is None or layer[token]["cka"] == pytest.approx(1.0, abs=1e-6)
     assert drift["layers"][0]["class"]["cka"] is None  # before the first block every class token is the same
+
+
+def test_a_large_difference_of_clusterings_lies_in_its_interval():
+    rng = np.random.default_rng(0)
+    classes = np.repeat(np.arange(30), 10)
+
+    def tower(share: float) -> Measured:
+        clusters = np.where(rng.random(300) < share, rng.integers(30, size=300), classes)[None]
+        summary = clustering_summary(classes, clusters)
+        report = {score: {"mean": 100 * summary[score]["mean"]} for score in summary}
+        return Measured(description={"model_type": "clip"}, clusters=clusters, report={"clustering": report})
+
+    measures = compare(tower(0.0), tower(0.6), Items(classes=classes))["measures"]
+    for score in ("nmi", "acc", "ari"):
+        low, high = measures[score]["interval"]
+        assert low < measures[score]["difference"] < high
+        assert np.mean(measures[score]["draws"]) == pytest.approx(measures[score]["difference"], abs=1e-3)
 
 
 def test_cautions(result):
