@@ -93,7 +93,12 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def as_svg(figure: Any, axes: Any) -> str:
-    """The SVG element, in the text colour of the page that it stands in, with the legend above the axes."""
+    """The SVG element, in the text colour of the page that it stands in, with the legend above the axes.
+
+    Equal figures give equal text.
+    """
+    import matplotlib
+
     axes.tick_params(colors=INK)
     for spine in axes.spines.values():
         spine.set_color(INK)
@@ -112,6 +117,8 @@ def as_svg(figure: Any, axes: Any) -> str:
         )
     figure.tight_layout()
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight")  # whole names, however long
+    with matplotlib.rc_context({"svg.hashsalt": "dcr-mllm"}):
+        # Tight: whole names, however long.
+        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")

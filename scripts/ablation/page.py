@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcr_mllm.evaluation.report import page_environment
 from dcr_mllm.runs import write_json_atomic, write_text_atomic
 from scripts.ablation.comparing import table
 from scripts.ablation.plots import sweep_plot, trade_off_plot
@@ -232,21 +233,12 @@ def as_markdown(found: Mapping[str, Any]) -> str:
 
 def as_html(found: Mapping[str, Any]) -> str:
     """`ablation.html`: one file that asks nothing of elsewhere."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     plots = [("What each objective gains and costs", trade_off_plot(found["summary"]))]
     if found["sweeps"]:
         plots.append(("One factor at a time, seed 0", sweep_plot(found["sweeps"])))
     words = [fact.replace("`", "").replace("*", "") for fact in facts(found)]
     page = {"facts": words, "verdicts": found["verdicts"], "plots": plots, "sections": sections(found)}
-    return environment.get_template("page.html.jinja").render(page)
+    return page_environment(Path(__file__).parent).get_template("page.html.jinja").render(page)
 
 
 def _line(cells: Sequence[str]) -> str:

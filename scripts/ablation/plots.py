@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dcr_mllm.evaluation.report_plots import COLOURS, INK, new_figure
-
-_METADATA = ("Date", "Creator", "Format", "Type")  # left out
+from dcr_mllm.evaluation.report_plots import COLOURS, INK, as_svg, new_figure
 
 
 def trade_off_plot(summary: Mapping[str, Any]) -> str:
@@ -24,8 +21,7 @@ def trade_off_plot(summary: Mapping[str, Any]) -> str:
     _zero(axes, both=True)
     axes.set_xlabel("P-Ability (pairs), gain in points", color=INK)
     axes.set_ylabel("D-Ability, change in points", color=INK)
-    axes.legend(frameon=False, labelcolor=INK, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-    return _svg(figure, axes)
+    return as_svg(figure, axes)
 
 
 def sweep_plot(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -41,25 +37,10 @@ def sweep_plot(rows: Sequence[Mapping[str, Any]]) -> str:
     axes.set_yticks(range(len(rows)), [entry["label"] for entry in rows], color=INK)
     axes.invert_yaxis()
     axes.set_xlabel("gain over the untouched tower in points, 95 % intervals over items", color=INK)
-    axes.legend(frameon=False, labelcolor=INK, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    return _svg(figure, axes)
+    return as_svg(figure, axes)
 
 
 def _zero(axes: Any, *, both: bool = False) -> None:
     axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
     if both:
         axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
-
-
-def _svg(figure: Any, axes: Any) -> str:
-    import matplotlib
-
-    axes.tick_params(colors=INK)
-    for spine in axes.spines.values():
-        spine.set_color(INK)
-    buffer = io.StringIO()
-    # Letters stay letters, and equal tables give equal files.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ablation"}):
-        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata=dict.fromkeys(_METADATA))
-    text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor")
